@@ -1,0 +1,75 @@
+"""Probes. `livez` is about the process only, `readyz` about what it needs, `startupz` about start."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from app.api.deps import services_of
+from app.bootstrap import Services
+from app.domain.errors import FlexrunError
+from app.store.migrate import current_revision, head_revision
+from app.store.partitions import days_prepared
+
+router = APIRouter(tags=["probes"])
+
+_PROBE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {"schema": {"type": "object"}}}},
+    503: {
+        "description": "Not (yet, any more) able to serve.",
+        "content": {"application/json": {"schema": {"type": "object"}}},
+    },
+}
+
+
+@router.get("/livez", summary="The process answers", responses=_PROBE, response_class=Response)
+async def livez() -> Response:
+    return _answer({"status": "ok"}, ok=True)
+
+
+@router.get("/startupz", summary="Start is over", responses=_PROBE, response_class=Response)
+async def startupz(request: Request) -> Response:
+    started = getattr(request.app.state, "services", None) is not None
+    return _answer({"status": "ok" if started else "starting"}, ok=started)
+
+
+@router.get(
+    "/readyz",
+    summary="Postgres answers, the schema is at head, the worker takes part, nothing drains",
+    responses=_PROBE,
+    response_class=Response,
+)
+async def readyz(request: Request) -> Response:
+    services = services_of(request)
+    checks = await _checks(services)
+    ok = all(check["ok"] for check in checks.values())
+    return _answer({"status": "ok" if ok else "unavailable", "checks": checks}, ok=ok)
+
+
+async def _checks(services: Services) -> dict[str, dict[str, Any]]:
+    checks: dict[str, dict[str, Any]] = {
+        "draining": {"ok": not services.drain.is_draining},
+        "lease": {"ok": services.lease.held, "worker_id": services.lease.worker_id},
+    }
+    try:
+        revision = await current_revision(services.database)
+        days = await days_prepared(services.database, datetime.now(UTC).date())
+    except FlexrunError as error:
+        checks["postgres"] = {"ok": False, "detail": error.detail}
+        return checks
+    checks["postgres"] = {"ok": True}
+    checks["migrations"] = {"ok": revision == head_revision(), "revision": revision}
+    checks["partitions"] = {"ok": days >= 1, "days_ahead": days}
+    return checks
+
+
+def _answer(content: dict[str, Any], *, ok: bool) -> Response:
+    return Response(
+        orjson.dumps(content),
+        200 if ok else 503,
+        {"Cache-Control": "no-store"},
+        media_type="application/json",
+    )

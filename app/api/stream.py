@@ -1,0 +1,208 @@
+"""Where events are streamed: the SSE response, a cursor over a run's frames.
+
+sse-starlette gives the response class and the encoder of control frames. Its send loop is replaced:
+it costs five tasks and a queue a stream, this one is the request's own coroutine with a cursor.
+Frames of the journal carry an `id`, control frames (`retry`, comments, `gap`) never do, so that a
+client that reconnects always names a seq.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from uuid import UUID
+
+import orjson
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.types import Receive, Scope, Send
+
+from app.bootstrap import Services
+from app.domain.errors import FlexrunError, Unavailable
+from app.journal.feed import Channel, Feed, Filter
+from app.journal.frames import Frame
+from app.kit import failpoints
+from app.kit.drain import Drain
+
+HEARTBEAT_S = 15.0
+SEND_TIMEOUT_S = 20.0
+SEND_BYTES_MAX = 64 * 1024
+DRAIN_SPREAD_S = 1.0
+TRANSPORT = "flexrun.transport"
+"""ASGI extension of our server: the socket's transport, to see and to cut dead clients."""
+
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store, no-transform"),
+    (b"x-accel-buffering", b"no"),
+]
+
+_RETRY = ServerSentEvent(retry=2000, sep="\n").encode()
+_HEARTBEAT = ServerSentEvent(comment="heartbeat", sep="\n").encode()
+_DRAINING = ServerSentEvent(comment="draining", sep="\n").encode()
+_DELAYED = ServerSentEvent(comment="the journal is out of reach, please wait", sep="\n").encode()
+
+
+class EventStream(EventSourceResponse):
+    """The frames of one run behind `after`, replayed and then live, until its terminal event."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        channel: Channel,
+        *,
+        after: int,
+        wanted: Filter,
+        drain: Drain,
+        headers: list[tuple[bytes, bytes]] | None = None,
+    ) -> None:
+        # The base class would build headers, a lock and an iterator that this loop has no use for.
+        self.status_code = 200
+        self.background = None
+        self.raw_headers = [*HEADERS, *(headers or ())]
+        self._feed = feed
+        self._channel = channel
+        self._cursor = after
+        self._wanted = wanted
+        self._drain = drain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        transport = (scope.get("extensions") or {}).get(TRANSPORT)
+        try:
+            await send(
+                {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+            )
+            await self._follow(send, transport)
+        except TimeoutError:
+            # The client reads nothing: cut the line; it resumes from its Last-Event-ID.
+            if transport is not None:
+                transport.abort()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+        finally:
+            self._feed.leave(self._channel)
+
+    async def _follow(self, send: Send, transport: asyncio.Transport | None) -> None:
+        opening = _RETRY
+        while True:
+            data, is_over = await self._next()
+            if opening or data or is_over:
+                failpoints.hit("stream.before_send")
+                await _send(send, opening + data, more=not is_over)
+                failpoints.hit("stream.after_send")
+                opening = b""
+            if is_over or (transport is not None and transport.is_closing()):
+                return
+            if self._drain.is_draining:
+                await asyncio.sleep(random.uniform(0, DRAIN_SPREAD_S))
+                await _send(send, _DRAINING, more=False)
+                return
+            if self._channel.last <= self._cursor and not await self._wait():
+                await _send(send, _HEARTBEAT, more=True)
+
+    async def _next(self) -> tuple[bytes, bool]:
+        """The bytes behind the cursor, and whether the stream is over with them."""
+        channel = self._channel
+        if self._wanted.is_open:
+            data = channel.joined_after(self._cursor)
+            if data is not None and len(data) <= SEND_BYTES_MAX:
+                self._cursor = max(self._cursor, channel.last)
+                return data, channel.ended and self._cursor >= channel.last
+        frames = channel.after(self._cursor)
+        if frames is None:
+            return await self._page()
+        return self._take(frames)
+
+    async def _page(self) -> tuple[bytes, bool]:
+        """The ring does not reach back to the cursor: read the journal, and tell of a gap."""
+        try:
+            frames = await self._feed.page(self._channel, self._cursor)
+        except FlexrunError:
+            await asyncio.sleep(1)
+            return _DELAYED, False
+        if not frames:
+            gap = self._gap(self._cursor + 1, self._channel.last)
+            self._cursor = self._channel.last
+            return gap, True
+        gap = b""
+        if frames[0].seq > self._cursor + 1:
+            gap = self._gap(self._cursor + 1, frames[0].seq - 1)
+        data, is_over = self._take(frames)
+        return gap + data, is_over
+
+    def _take(self, frames: list[Frame]) -> tuple[bytes, bool]:
+        """Join what passes the filter, up to one send's worth; move the cursor over all of it."""
+        parts: list[bytes] = []
+        size = 0
+        for frame in frames:
+            self._cursor = frame.seq
+            if self._wanted.passes(frame):
+                parts.append(frame.data)
+                size += len(frame.data)
+            if frame.is_terminal:
+                return b"".join(parts), True
+            if size >= SEND_BYTES_MAX:
+                break
+        return b"".join(parts), False
+
+    @staticmethod
+    def _gap(first: int, last: int) -> bytes:
+        """Retention took these events: say so instead of skipping them in silence."""
+        data = orjson.dumps({"from": first, "to": last}).decode()
+        return ServerSentEvent(data=data, event="gap", sep="\n").encode()
+
+    async def _wait(self) -> bool:
+        """Until there is something to look at. False: a heartbeat is due instead."""
+        waiter = self._channel.wait()
+        timer = asyncio.get_running_loop().call_later(HEARTBEAT_S, _time_is_up, waiter)
+        try:
+            return await waiter
+        finally:
+            timer.cancel()
+            self._channel.forget(waiter)
+
+
+def _time_is_up(waiter: asyncio.Future[bool]) -> None:
+    if not waiter.done():
+        waiter.set_result(False)
+
+
+async def _send(send: Send, data: bytes, *, more: bool) -> None:
+    """One ASGI message. A client that takes nothing for `SEND_TIMEOUT_S` raises TimeoutError."""
+    async with asyncio.timeout(SEND_TIMEOUT_S):
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+
+
+def stream_of(
+    services: Services,
+    channel: Channel,
+    after: int,
+    wanted: Filter,
+    headers: dict[str, str] | None = None,
+) -> EventStream:
+    """A stream over a channel that was entered; it leaves it. Raises `Unavailable` (`server_busy`)."""
+    if services.feed.readers > services.settings.streams_max:
+        raise Unavailable("Too many open streams.", code="server_busy", retry_after_s=5)
+    raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    return EventStream(
+        services.feed, channel, after=after, wanted=wanted, drain=services.drain, headers=raw
+    )
+
+
+def open_stream(
+    services: Services,
+    run_id: UUID,
+    after: int,
+    wanted: Filter,
+    headers: dict[str, str] | None = None,
+) -> EventStream:
+    """A stream of a run that exists already: replayed from the journal, then live."""
+    feed = services.feed
+    channel = feed.enter(run_id, after)
+    feed.nudge()
+    try:
+        return stream_of(services, channel, after, wanted, headers)
+    except Unavailable:
+        feed.leave(channel)
+        raise

@@ -1,0 +1,68 @@
+"""The event vocabulary: what the journal can say about a run.
+
+An `Event` in memory is small and untyped in its `data`, because the hot path makes a dozen of them a
+run. What each `data` holds is declared in `EVENT_DATA`: the event table in `docs/EVENTS.md`, the
+OpenAPI union and the tests read the shapes from there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class Level(StrEnum):
+    INFO = "INFO"
+    WARN = "WARN"
+    ERROR = "ERROR"
+
+
+class EventType(StrEnum):
+    RUN_QUEUED = "RUN_QUEUED"
+    RUN_START = "RUN_START"
+    RUN_RECOVERED = "RUN_RECOVERED"
+    PLAN_REQUESTED = "PLAN_REQUESTED"
+    PLAN_REJECTED = "PLAN_REJECTED"
+    PLAN_GENERATED = "PLAN_GENERATED"
+    NODE_START = "NODE_START"
+    NODE_DONE = "NODE_DONE"
+    NODE_FAILED = "NODE_FAILED"
+    NODE_RETRY = "NODE_RETRY"
+    NODE_BLOCKED = "NODE_BLOCKED"
+    VALIDATION_ERROR = "VALIDATION_ERROR"
+    RUN_PAUSED = "RUN_PAUSED"
+    RUN_RESUMED = "RUN_RESUMED"
+    RUN_DONE = "RUN_DONE"
+    RUN_FAILED = "RUN_FAILED"
+    RUN_CANCELLED = "RUN_CANCELLED"
+    LOG = "LOG"
+
+
+TERMINAL_EVENTS = frozenset({EventType.RUN_DONE, EventType.RUN_FAILED, EventType.RUN_CANCELLED})
+
+
+class BlockReason(StrEnum):
+    """Why a node can not go on by itself."""
+
+    DEPENDENCY_FAILED = "dependency_failed"
+    UNKNOWN_OUTCOME = "unknown_outcome"
+
+
+@dataclass(slots=True)
+class Event:
+    """One fact about a run. `seq` and `ts` (ms since 1970, UTC) are set when it is appended."""
+
+    type: EventType
+    data: dict[str, Any]
+    node_id: str | None = None
+    attempt: int | None = None
+    plan_version: int | None = None
+    level: Level = Level.INFO
+    seq: int = 0
+    ts: int = 0
+
+
+def error_data(code: str, message: str, **more: Any) -> dict[str, Any]:
+    """The shape of every `error` inside an event: a stable code and a sentence for people."""
+    return {"code": code, "message": message, **more}

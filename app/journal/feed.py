@@ -1,0 +1,204 @@
+"""Following runs: frames from memory while they are fresh, from the journal otherwise.
+
+A stream is a cursor, not a queue. Every followed run has one `Channel` with a ring of its newest
+frames; any number of streams read it at their own pace and page from the journal when they fell
+behind. The committer pushes frames in (`Feed.publish`); runs that another process drives are
+looked after by one tailer, which asks all followed heads in one query, on a wake-up or every
+500 ms. The ring takes a frame only if its seq follows the last one, so whoever comes second with
+the same rows changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from uuid import UUID
+
+from app.domain.errors import FlexrunError
+from app.journal.frames import Frame, frame_of
+from app.store.events import EventReader
+
+log = logging.getLogger("flexrun.feed")
+
+RING_FRAMES_MAX = 1_024
+PAGE_ROWS_MAX = 1_000
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which frames a reader wants; an empty set wants all. The terminal event passes always."""
+
+    types: frozenset[str] = frozenset()
+    nodes: frozenset[str] = frozenset()
+    levels: frozenset[str] = frozenset()
+
+    @property
+    def is_open(self) -> bool:
+        return not (self.types or self.nodes or self.levels)
+
+    def passes(self, frame: Frame) -> bool:
+        if frame.is_terminal:
+            return True
+        return (
+            (not self.types or frame.type in self.types)
+            and (not self.nodes or frame.node_id in self.nodes)
+            and (not self.levels or frame.level in self.levels)
+        )
+
+
+class Channel:
+    """The newest frames of one followed run. `last` is the seq of the newest frame seen."""
+
+    __slots__ = ("_joined", "_waiters", "ended", "followers", "frames", "last", "run_id")
+
+    def __init__(self, run_id: UUID, last: int) -> None:
+        self.run_id = run_id
+        self.last = last
+        self.frames: list[Frame] = []
+        self.ended = False
+        self.followers = 0
+        self._waiters: dict[asyncio.Future[bool], None] = {}
+        self._joined: tuple[int, int, bytes] | None = None
+
+    def push(self, frames: list[Frame]) -> bool:
+        """Take frames that follow `last`. False: there is a gap, page from the journal."""
+        if frames and frames[0].seq > self.last + 1:
+            return False
+        fresh = [frame for frame in frames if frame.seq > self.last]
+        if not fresh:
+            return True
+        self.frames += fresh
+        if len(self.frames) > RING_FRAMES_MAX + len(fresh):
+            del self.frames[: len(self.frames) - RING_FRAMES_MAX]
+        self.last = fresh[-1].seq
+        self.ended = fresh[-1].is_terminal
+        self._joined = None
+        self.wake()
+        return True
+
+    def skip_to(self, seq: int) -> None:
+        """The rows up to `seq` do not exist any more: whoever reads them must learn that."""
+        self.frames.clear()
+        self.last = seq
+        self.wake()
+
+    def after(self, cursor: int) -> list[Frame] | None:
+        """Frames behind the cursor; None when the ring does not reach back that far."""
+        behind = self.last - cursor
+        if behind <= 0:
+            return []
+        if behind > len(self.frames):
+            return None
+        return self.frames[-behind:]
+
+    def joined_after(self, cursor: int) -> bytes | None:
+        """The same as bytes. Streams that wait together share one join."""
+        if self._joined is not None and self._joined[0] == cursor and self._joined[1] == self.last:
+            return self._joined[2]
+        frames = self.after(cursor)
+        if frames is None:
+            return None
+        data = b"".join([frame.data for frame in frames])
+        self._joined = (cursor, self.last, data)
+        return data
+
+    def wait(self) -> asyncio.Future[bool]:
+        """Resolves to True when something new is there."""
+        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiters[waiter] = None
+        return waiter
+
+    def forget(self, waiter: asyncio.Future[bool]) -> None:
+        """A stream that stopped waiting for another reason: a heartbeat, or it left."""
+        self._waiters.pop(waiter, None)
+
+    def wake(self) -> None:
+        waiters, self._waiters = self._waiters, {}
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(True)
+
+
+class Feed:
+    """All followed runs of this process, and the tailer that keeps foreign ones fresh."""
+
+    def __init__(self, reader: EventReader) -> None:
+        self._reader = reader
+        self._channels: dict[UUID, Channel] = {}
+        self._nudge = asyncio.Event()
+        self.readers = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._tail(), name="feed-tailer")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def publish(self, run_id: UUID, frames: list[Frame]) -> None:
+        """Frames that are durable now. Runs that nobody follows cost one dictionary look-up."""
+        channel = self._channels.get(run_id)
+        if channel is not None and not channel.push(frames):
+            self._nudge.set()
+
+    def nudge(self) -> None:
+        """Something was committed by another process: look at the heads now."""
+        self._nudge.set()
+
+    def wake_all(self) -> None:
+        """Make every stream look up, because the process is draining."""
+        for channel in self._channels.values():
+            channel.wake()
+
+    def enter(self, run_id: UUID, last: int) -> Channel:
+        """The channel of a run, from now on kept fresh. `last` is a seq the reader knows of."""
+        channel = self._channels.get(run_id)
+        if channel is None:
+            channel = self._channels[run_id] = Channel(run_id, last)
+        channel.followers += 1
+        self.readers += 1
+        return channel
+
+    def leave(self, channel: Channel) -> None:
+        """A reader is gone; the last one takes the channel with it."""
+        channel.followers -= 1
+        self.readers -= 1
+        if channel.followers == 0:
+            del self._channels[channel.run_id]
+
+    async def page(self, channel: Channel, after: int) -> list[Frame]:
+        """Up to `PAGE_ROWS_MAX` stored frames behind `after`; the ring takes what is new to it."""
+        rows = await self._reader.page(channel.run_id, after, PAGE_ROWS_MAX)
+        frames = [frame_of(r.seq, r.type, r.node_id, r.level, r.body.encode()) for r in rows]
+        channel.push(frames)
+        return frames
+
+    async def _tail(self) -> None:
+        """Bring every channel that is behind its head up to date, for ever."""
+        while True:
+            try:
+                await asyncio.wait_for(self._nudge.wait(), POLL_S)
+            except TimeoutError:
+                pass
+            self._nudge.clear()
+            try:
+                await self._catch_up()
+            except FlexrunError as error:
+                log.warning("following runs is delayed: %s", error.detail)
+
+    async def _catch_up(self) -> None:
+        open_channels = {r: c for r, c in self._channels.items() if not c.ended}
+        if not open_channels:
+            return
+        heads = await self._reader.head_seqs(list(open_channels))
+        for run_id, seq in heads.items():
+            channel = open_channels[run_id]
+            while channel.last < seq:
+                frames = await self.page(channel, channel.last)
+                if not frames or frames[0].seq > channel.last + 1:
+                    # Retention took the rows. The streams find the gap when they page themselves.
+                    channel.skip_to(seq)

@@ -1,0 +1,85 @@
+"""Events as bytes: the JSON that is stored and the SSE frame that is sent are made once, here.
+
+`body` is exactly what the `events` row holds and what stands behind `data:`; a replayed frame is
+therefore byte for byte the frame that was sent live. Format: WHATWG HTML, section 9.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from app.domain.events import TERMINAL_EVENTS, Event, EventType, Level
+from app.kit.clock import from_rfc3339, rfc3339
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One encoded event. `data` is the whole SSE frame, with its closing blank line."""
+
+    seq: int
+    type: str
+    node_id: str | None
+    level: str
+    data: bytes
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.type in TERMINAL_EVENTS
+
+
+def encode_body(event: Event, run_id: str, trace_id: str, ts: str) -> bytes:
+    """The event as JSON. Keys come in a fixed order; those that do not apply are left out."""
+    found: dict[str, Any] = {
+        "seq": event.seq,
+        "run_id": run_id,
+        "ts": ts,
+        "level": event.level,
+        "type": event.type,
+    }
+    if event.node_id is not None:
+        found["node_id"] = event.node_id
+    if event.attempt is not None:
+        found["attempt"] = event.attempt
+    if event.plan_version is not None:
+        found["plan_version"] = event.plan_version
+    found["trace_id"] = trace_id
+    found["data"] = event.data
+    return orjson.dumps(found)
+
+
+def frame_of(seq: int, event_type: str, node_id: str | None, level: str, body: bytes) -> Frame:
+    """The SSE frame around a stored body. JSON has no raw line breaks, so one `data:` line does."""
+    return Frame(
+        seq, event_type, node_id, level, b"id: %d\nevent: %b\ndata: %b\n\n" % (seq, event_type.encode(), body)
+    )
+
+
+def decode_event(body: str | bytes) -> Event:
+    """The event of a stored body."""
+    found = orjson.loads(body)
+    return Event(
+        EventType(found["type"]),
+        found["data"],
+        node_id=found.get("node_id"),
+        attempt=found.get("attempt"),
+        plan_version=found.get("plan_version"),
+        level=Level(found["level"]),
+        seq=found["seq"],
+        ts=from_rfc3339(found["ts"]),
+    )
+
+
+class Timestamps:
+    """Formats ms as RFC 3339, remembering the last: events of one append share their time."""
+
+    def __init__(self) -> None:
+        self._ms = -1
+        self._text = ""
+
+    def text(self, ms: int) -> str:
+        if ms != self._ms:
+            self._ms, self._text = ms, rfc3339(ms)
+        return self._text

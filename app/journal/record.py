@@ -1,0 +1,425 @@
+"""The only door to disk for run state: fenced appends, committed in groups.
+
+A driver stamps events (`RunHandle.stamp`), and `Journal.record` makes them durable. Each of the
+few writers commits whatever queued up while its last commit was under way, for all runs of the
+process, in one statement (`store/append.py`). A run belongs to one writer, so its appends stay in
+order; appends of one run that wait together become one. Frames go to the feed after the commit,
+never before.
+
+`record` returns when the append is durable, or raises:
+    LeaseLost         another epoch holds the run: stop, never write to it again
+    JournalRejected   the database refuses the data: the run can only be failed
+    KeyTaken          a new run's idempotency key already belongs to another run
+    HeadDiverged      the head is where neither we nor a taker can have put it: stop loudly
+Transient errors are retried inside. Cancelling the caller never withdraws a queued append.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Protocol
+from uuid import UUID
+
+import asyncpg
+
+from app.domain.events import Event
+from app.domain.run import RunStatus
+from app.journal.frames import Frame, Timestamps, encode_body, frame_of
+from app.kit import failpoints
+from app.kit.clock import to_datetime
+from app.kit.ids import run_day
+from app.store.append import HeadMove, NewRun, append_batch
+from app.store.database import TRANSIENT
+from app.store.heads import HeadRow, event_body, read_heads, run_of_key
+
+log = logging.getLogger("flexrun.journal")
+
+BATCH_RUNS_MAX = 128
+RECONNECT_DELAY_S = 0.05
+RECONNECT_DELAY_MAX_S = 1.0
+
+
+class LeaseLost(Exception):
+    """The run is driven by somebody else now."""
+
+
+class JournalRejected(Exception):
+    """The database refused the data of this append; nothing of it was written."""
+
+
+class HeadDiverged(Exception):
+    """The head of the run is neither before nor after this append, under our own epoch."""
+
+
+class KeyTaken(Exception):
+    """The idempotency key of a new run belongs to another run."""
+
+
+class JournalClosed(Exception):
+    """The process is shutting down; the append was not sent."""
+
+
+class FrameSink(Protocol):
+    """Where frames go once they are durable: the feed."""
+
+    def publish(self, run_id: UUID, frames: list[Frame]) -> None: ...
+
+
+@dataclass(slots=True)
+class RunHandle:
+    """The right to append to a run: its fence `(epoch, seq)` as this process knows it.
+
+    `seq` is the last seq that was stamped; `recorded_seq` the last that is durable. Who holds a
+    handle is the only writer of the run in this process.
+    """
+
+    run_id: UUID
+    epoch: int
+    seq: int
+    trace_id: str
+    last_ts: int = 0
+    recorded_seq: int = 0
+    recorded_epoch: int = 0
+    day: date = field(init=False)
+    text_id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.day = run_day(self.run_id)
+        self.text_id = str(self.run_id)
+
+    def stamp(self, events: list[Event], now_ms: int) -> None:
+        """Number the events and give them their time, never below the run's previous one."""
+        ts = max(now_ms, self.last_ts)
+        for event in events:
+            self.seq += 1
+            event.seq = self.seq
+            event.ts = ts
+        self.last_ts = ts
+
+    def rewind(self, seq: int) -> None:
+        """Forget stamped events that will never be written: the next one follows `seq`."""
+        self.seq = self.recorded_seq = seq
+
+
+@dataclass(slots=True)
+class Append:
+    """What one append writes besides events. `owner` None gives the run back."""
+
+    events: list[Event]
+    status: RunStatus
+    owner: str | None
+    wake_at: int | None = None
+    new_run: NewRun | None = None
+    plans: list[tuple[int, str]] = field(default_factory=list)
+    snapshots: list[tuple[int, str]] = field(default_factory=list)
+    blobs: list[tuple[str, bytes]] = field(default_factory=list)
+    signals: list[tuple[UUID, str]] = field(default_factory=list)
+
+    @property
+    def is_parking(self) -> bool:
+        """It gives an unfinished run back."""
+        return self.owner is None and not self.status.is_terminal
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is anything to write: rows, or that the run is given back."""
+        return bool(self.events or self.signals or self.new_run) or self.owner is None
+
+
+@dataclass(slots=True)
+class _Pending:
+    """One run's waiting append: merged from one or more `record` calls."""
+
+    handle: RunHandle
+    move: HeadMove
+    frames: list[Frame]
+    waiters: list[asyncio.Future[None]]
+    settled: bool = False
+
+
+class Journal:
+    """The writers of this process. `commits` counts statements that were sent and succeeded."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[asyncpg.Connection]],
+        feed: FrameSink,
+        make_partitions: Callable[[asyncpg.Connection, set[date]], Awaitable[None]],
+        *,
+        writers: int = 2,
+    ) -> None:
+        self._writers = [_Writer(connect, feed, make_partitions) for _ in range(writers)]
+        self._timestamps = Timestamps()
+
+    @property
+    def commits(self) -> int:
+        return sum(writer.commits for writer in self._writers)
+
+    @property
+    def appends(self) -> int:
+        return sum(writer.appends for writer in self._writers)
+
+    async def start(self) -> None:
+        for writer in self._writers:
+            await writer.start()
+
+    async def close(self) -> None:
+        """Commit what is queued, then stop. What can not be committed raises for its callers."""
+        await asyncio.gather(*(writer.close() for writer in self._writers))
+
+    def record(self, handle: RunHandle, append: Append) -> asyncio.Future[None]:
+        """Queue an append whose events are stamped; the future resolves when it is durable."""
+        frames: list[Frame] = []
+        rows: list[tuple[int, str, str | None, int | None, str, str]] = []
+        for event in append.events:
+            body = encode_body(event, handle.text_id, handle.trace_id, self._timestamps.text(event.ts))
+            frames.append(frame_of(event.seq, event.type, event.node_id, event.level, body))
+            rows.append(
+                (event.seq, event.type, event.node_id, event.attempt, event.level, body.decode())
+            )
+        move = HeadMove(
+            run_id=handle.run_id,
+            run_day=handle.day,
+            epoch=handle.recorded_epoch,
+            seq=handle.recorded_seq,
+            new_epoch=handle.epoch,
+            new_seq=handle.seq,
+            status=append.status,
+            owner=append.owner,
+            wake_at=None if append.wake_at is None else to_datetime(append.wake_at),
+            new_run=append.new_run,
+            events=rows,
+            plans=append.plans,
+            snapshots=append.snapshots,
+            blobs=append.blobs,
+            signals=append.signals,
+        )
+        handle.recorded_epoch, handle.recorded_seq = handle.epoch, handle.seq
+        writer = self._writers[handle.run_id.int % len(self._writers)]
+        return writer.enqueue(_Pending(handle, move, frames, []))
+
+
+class _Writer:
+    """One connection and the queue of appends that it will commit next."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[asyncpg.Connection]],
+        feed: FrameSink,
+        make_partitions: Callable[[asyncpg.Connection, set[date]], Awaitable[None]],
+    ) -> None:
+        self._connect = connect
+        self._feed = feed
+        self._make_partitions = make_partitions
+        self._connection: asyncpg.Connection | None = None
+        self._queue: dict[UUID, _Pending] = {}
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._task: asyncio.Task[None] | None = None
+        self.commits = 0
+        self.appends = 0
+
+    async def start(self) -> None:
+        self._connection = await self._connect()
+        self._task = asyncio.create_task(self._run(), name="journal-writer")
+
+    async def close(self) -> None:
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            try:
+                await asyncio.wait_for(self._task, timeout=5)
+            except TimeoutError:
+                log.error("the journal could not be written before shutdown")
+        for pending in self._queue.values():
+            _fail(pending, JournalClosed("shutting down"))
+        if self._connection is not None and not self._connection.is_closed():
+            await self._connection.close(timeout=2)
+
+    def enqueue(self, pending: _Pending) -> asyncio.Future[None]:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._closing:
+            waiter.set_exception(JournalClosed("shutting down"))
+            return waiter
+        queued = self._queue.get(pending.move.run_id)
+        if queued is None:
+            self._queue[pending.move.run_id] = queued = pending
+        else:
+            _merge(queued, pending)
+        queued.waiters.append(waiter)
+        self._wake.set()
+        return waiter
+
+    async def _run(self) -> None:
+        while True:
+            if not self._queue:
+                if self._closing:
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            batch = self._take_batch()
+            try:
+                await self._commit(batch)
+            except Exception as error:  # a writer that died would hang every run of the process
+                log.exception("a batch failed in an unforeseen way")
+                for pending in batch:
+                    if not pending.settled:
+                        _fail(pending, HeadDiverged(f"unforeseen: {type(error).__name__}"))
+
+    def _take_batch(self) -> list[_Pending]:
+        if len(self._queue) <= BATCH_RUNS_MAX:
+            batch = list(self._queue.values())
+            self._queue = {}
+            return batch
+        return [self._queue.pop(run_id) for run_id in list(self._queue)[:BATCH_RUNS_MAX]]
+
+    async def _commit(self, batch: list[_Pending]) -> None:
+        """Send the batch until every append in it is durable or has failed."""
+        delay = RECONNECT_DELAY_S
+        while batch:
+            try:
+                landed = await self._send(batch)
+                asked = [p for p in batch if p.move.run_id not in landed]
+                heads = await self._heads_of(asked) if asked else {}
+            except TRANSIENT as error:
+                log.warning("the journal is out of reach (%s), trying again", type(error).__name__)
+                batch = await self._after_lost_answer(batch, delay)
+                delay = min(delay * 2, RECONNECT_DELAY_MAX_S)
+                continue
+            except asyncpg.PostgresError as error:
+                batch = await self._after_refusal(batch, error)
+                continue
+            batch = await self._settle(asked, heads)
+
+    async def _send(self, batch: list[_Pending]) -> set[UUID]:
+        """One statement. What landed is published and its callers go on."""
+        connection = self._connection
+        if connection is None or connection.is_closed():
+            self._connection = connection = await self._connect()
+        failpoints.hit("commit.before_send")
+        landed = await append_batch(connection, [pending.move for pending in batch])
+        failpoints.hit("commit.after_durable")
+        self.commits += 1
+        self.appends += len(landed)
+        for pending in batch:
+            if pending.move.run_id in landed:
+                self._succeed(pending)
+        return landed
+
+    def _succeed(self, pending: _Pending) -> None:
+        failpoints.hit("publish.before")
+        self._feed.publish(pending.move.run_id, pending.frames)
+        failpoints.hit("publish.after")
+        pending.settled = True
+        for waiter in pending.waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _heads_of(self, batch: list[_Pending]) -> dict[UUID, HeadRow]:
+        assert self._connection is not None
+        return await read_heads(self._connection, [pending.move.run_id for pending in batch])
+
+    async def _settle(
+        self, asked: list[_Pending], heads: dict[UUID, HeadRow]
+    ) -> list[_Pending]:
+        """Zero rows is a question, not an answer: ask the head. Returns what must be sent again."""
+        again: list[_Pending] = []
+        for pending in asked:
+            move, head = pending.move, heads.get(pending.move.run_id)
+            if head is None:
+                if not await self._key_taken(pending):
+                    again.append(pending)
+            elif await self._was_committed(pending, head):
+                self.appends += 1
+                self._succeed(pending)
+            elif head.epoch != move.epoch:
+                _fail(pending, LeaseLost(f"epoch {head.epoch}, ours was {move.epoch}"))
+            elif head.seq == move.seq and move.new_run is None:
+                again.append(pending)
+            else:
+                log.critical("head of run %s is at %s, ours at %s", move.run_id, head, move.seq)
+                _fail(pending, HeadDiverged(f"head at seq {head.seq}, expected {move.seq}"))
+        return again
+
+    async def _was_committed(self, pending: _Pending, head: HeadRow) -> bool:
+        """Whether this very append is in the journal: the head is there and so is our last event."""
+        move = pending.move
+        if (head.epoch, head.seq) != (move.new_epoch, move.new_seq) or not move.events:
+            return False
+        assert self._connection is not None
+        stored = await event_body(self._connection, move.run_day, move.run_id, move.new_seq)
+        return stored == move.events[-1][-1]
+
+    async def _key_taken(self, pending: _Pending) -> bool:
+        new_run = pending.move.new_run
+        if new_run is None or new_run.idempotency is None:
+            return False
+        assert self._connection is not None
+        route, key, _ = new_run.idempotency
+        taken = await run_of_key(self._connection, new_run.tenant_id, route, key)
+        if taken is None:
+            return False
+        _fail(pending, KeyTaken(key))
+        return True
+
+    async def _after_lost_answer(self, batch: list[_Pending], delay: float) -> list[_Pending]:
+        """The statement may or may not have been committed. Reconnect, then ask every head."""
+        while not self._closing:
+            await asyncio.sleep(delay)
+            try:
+                if self._connection is None or self._connection.is_closed():
+                    self._connection = await self._connect()
+                unsettled = [pending for pending in batch if not pending.settled]
+                return await self._settle(unsettled, await self._heads_of(unsettled))
+            except (*TRANSIENT, asyncpg.PostgresError):
+                delay = min(delay * 2, RECONNECT_DELAY_MAX_S)
+        for pending in batch:
+            if not pending.settled:
+                _fail(pending, JournalClosed("shutting down"))
+        return []
+
+    async def _after_refusal(
+        self, batch: list[_Pending], error: asyncpg.PostgresError
+    ) -> list[_Pending]:
+        """The database refused the data: find the culprit by sending run by run."""
+        if _is_missing_partition(error):
+            assert self._connection is not None
+            await self._make_partitions(self._connection, {p.move.run_day for p in batch})
+            return batch
+        if len(batch) > 1:
+            log.warning("a batch was refused (%s), sending run by run", type(error).__name__)
+            for pending in batch:
+                await self._commit([pending])
+            return []
+        log.error("an append of run %s was refused: %s", batch[0].move.run_id, type(error).__name__)
+        _fail(batch[0], JournalRejected(type(error).__name__))
+        return []
+
+
+def _merge(queued: _Pending, later: _Pending) -> None:
+    """Two waiting appends of one run become one: the first `(epoch, seq)`, the last of the rest."""
+    move, more = queued.move, later.move
+    move.new_epoch, move.new_seq = more.new_epoch, more.new_seq
+    move.status, move.owner, move.wake_at = more.status, more.owner, more.wake_at
+    move.events += more.events
+    move.plans += more.plans
+    move.snapshots += more.snapshots
+    move.blobs += more.blobs
+    move.signals += more.signals
+    queued.frames += later.frames
+
+
+def _fail(pending: _Pending, error: Exception) -> None:
+    pending.settled = True
+    for waiter in pending.waiters:
+        if not waiter.done():
+            waiter.set_exception(error)
+
+
+def _is_missing_partition(error: asyncpg.PostgresError) -> bool:
+    return isinstance(error, asyncpg.CheckViolationError) and "no partition" in str(error)

@@ -1,0 +1,25 @@
+"""Time, in the two forms that the service uses. Nothing in `domain` may import this."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+
+
+def now_ms() -> int:
+    """Wall clock in ms since 1970, UTC: for what is shown and stored."""
+    return time.time_ns() // 1_000_000
+
+
+def rfc3339(ms: int) -> str:
+    """`2026-11-21T09:30:00.123Z`."""
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03}Z"
+
+
+def from_rfc3339(text: str) -> int:
+    """The ms of a time that `rfc3339` wrote."""
+    return round(datetime.fromisoformat(text).timestamp() * 1000)
+
+
+def to_datetime(ms: int) -> datetime:
+    return datetime.fromtimestamp(ms / 1000, UTC)

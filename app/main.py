@@ -1,0 +1,105 @@
+"""The ASGI app with its lifespan, and the server that runs it.
+
+`serve` is one process: API and worker over one Postgres, embedded when no DATABASE_URL is given.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from app.api import capabilities, contracts, events, facets, health, plans, runs
+from app.api.errors import install_error_handlers
+from app.api.openapi import install_openapi
+from app.api.stream import TRANSPORT
+from app.bootstrap import open_services
+from app.settings import Settings
+from app.version import VERSION
+from app.worker import Worker
+
+log = logging.getLogger("flexrun.main")
+
+ROUTERS = (runs, events, plans, capabilities, facets, contracts, health)
+
+
+def create_app(settings: Settings, dsn: str) -> FastAPI:
+    """The app over a database at head. Its lifespan opens the services and starts the worker."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with open_services(settings, dsn) as services:
+            worker = Worker(services.database, services.lease, services.runner, services.reader)
+            await worker.start()
+            app.state.services = services
+            app.state.worker = worker
+            try:
+                yield
+            finally:
+                services.drain.begin()
+                await worker.drain(settings.drain_grace_s)
+
+    app = FastAPI(
+        title="Flexrun",
+        version=VERSION,
+        summary="Runs agent work as verified plans.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    install_error_handlers(app)
+    for module in ROUTERS:
+        app.include_router(module.router)
+    install_openapi(app)
+    return app
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's protocol, which also shows a stream its socket, so that it can cut a dead one."""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()  # type: ignore[no-untyped-call]
+        self.scope["extensions"] = {TRANSPORT: self.transport}
+
+
+class Server(uvicorn.Server):
+    """A server that begins to drain on SIGTERM, before it waits for open streams to end."""
+
+    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_exit = on_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._on_exit()
+        super().handle_exit(sig, frame)
+
+
+def make_server(app: FastAPI, settings: Settings) -> Server:
+    """The server of an app, with the fast loop and parser."""
+
+    def begin_drain() -> None:
+        if (services := getattr(app.state, "services", None)) is not None:
+            services.drain.begin()
+
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http=Protocol,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        timeout_graceful_shutdown=5,
+        timeout_keep_alive=75,
+        backlog=4096,
+    )
+    return Server(config, begin_drain)
+
+

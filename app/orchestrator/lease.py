@@ -1,0 +1,137 @@
+"""The lease of this worker: one row renewed every 3 s, one advisory lock held for life.
+
+Two clocks, each where it can be trusted. The lease is judged on the database's clock, by others. On
+its own monotonic clock the worker counts `FENCE_S` from the *start* of its last good renewal, and
+then considers itself dead: it stops writing before anybody may take its runs. The advisory lock
+only speeds a take-over up; the epoch in every write is what makes it safe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+
+import asyncpg
+
+from app.journal.record import LeaseLost
+from app.kit.ids import new_id
+from app.store.leases import other_workers, register_worker, renew_lease
+
+log = logging.getLogger("flexrun.lease")
+
+RENEW_EVERY_S = 3.0
+FENCE_S = 7.0
+
+
+class Lease:
+    """Who this worker is, and whether it may still write. `session` holds the advisory lock."""
+
+    def __init__(self, connect: Callable[[], Awaitable[asyncpg.Connection]]) -> None:
+        self._connect = connect
+        self._session: asyncpg.Connection | None = None
+        self._good_until = 0.0
+        self._renewed_at = 0.0
+        self._registered = asyncio.Event()
+        self._suspects: set[str] = set()
+        self.worker_id = ""
+
+    @property
+    def held(self) -> bool:
+        """Registered, and renewed recently enough to be sure that nobody may take our runs."""
+        return self._registered.is_set() and time.monotonic() < self._good_until
+
+    @property
+    def fenced(self) -> bool:
+        """Too long without a renewal: whatever we drove may belong to others now."""
+        return bool(self.worker_id) and time.monotonic() >= self._good_until
+
+    @property
+    def session(self) -> asyncpg.Connection:
+        assert self._session is not None
+        return self._session
+
+    async def regain(self) -> None:
+        """Wait until the worker is registered again; `LeaseLost` when that came too late."""
+        worker_id = self.worker_id
+        while not self.held:
+            left = self._good_until - time.monotonic()
+            if left <= 0 or self.worker_id != worker_id:
+                raise LeaseLost("the worker's own lease ran out")
+            try:
+                await asyncio.wait_for(self._registered.wait(), timeout=left)
+            except TimeoutError:
+                continue
+        if self.worker_id != worker_id:
+            raise LeaseLost("the worker was registered anew")
+
+    async def register(self) -> None:
+        """Take part: a new worker id, its lock and its row."""
+        self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{new_id().hex[-12:]}"
+        await self._open_session(insert=True)
+
+    async def _open_session(self, *, insert: bool) -> None:
+        started = time.monotonic()
+        session = await self._connect()
+        lock_key = _lock_key(self.worker_id)
+        taken = await register_worker(
+            session, self.worker_id, lock_key, socket.gethostname(), os.getpid()
+        )
+        if not taken:
+            await session.close(timeout=2)
+            raise asyncpg.InterfaceError("our advisory lock is still held by the old session")
+        self._session = session
+        self._good_until = started + FENCE_S
+        self._renewed_at = started
+        self._registered.set()
+        if insert:
+            log.info("worker %s takes part", self.worker_id)
+
+    async def renew(self) -> None:
+        """Renew when it is time; open a new lock session when the old one was lost.
+
+        Raises what the database raises; the caller tries again. A worker that was fenced comes
+        back under a new id, because its old runs may be driven by others.
+        """
+        if self._session is None or self._session.is_closed():
+            self._registered.clear()
+            await self._open_session(insert=False)
+        elif time.monotonic() - self._renewed_at >= RENEW_EVERY_S:
+            started = time.monotonic()
+            if not await renew_lease(self._session, self.worker_id):
+                # Postgres was restarted, or somebody took us for dead and removed the row.
+                self._registered.clear()
+                await self._session.close(timeout=2)
+                return
+            self._good_until = started + FENCE_S
+            self._renewed_at = started
+
+    async def dead_workers(self) -> list[str]:
+        """Workers whose runs may be taken: their lease is over, or their lock was free twice.
+
+        The lock only counts on the same Postgres server start: after a restart all locks are free.
+        """
+        others = await other_workers(self.session, self.worker_id)
+        free = {w.worker_id for w in others if w.lock_free and w.same_server}
+        dead = [w.worker_id for w in others if w.lease_over or w.worker_id in free & self._suspects]
+        self._suspects = free
+        return dead
+
+    @property
+    def suspects_somebody(self) -> bool:
+        return bool(self._suspects)
+
+    async def close(self) -> None:
+        self._registered.clear()
+        if self._session is not None and not self._session.is_closed():
+            await self._session.close(timeout=2)
+
+
+def _lock_key(worker_id: str) -> int:
+    """The second half of the advisory key: 31 bits of the id's random end."""
+    return int(worker_id[-8:], 16) & 0x7FFFFFFF
+
+

@@ -1,0 +1,239 @@
+"""The loop that drives one run, as a page of prose.
+
+    hold the lease; resume the state; until the run is finished:
+        take every outcome and signal that has arrived;
+        apply them;
+        decide what may happen now;
+        record outcomes, consumed signals and decisions as one append;
+        when it is durable, perform: call the nodes that were started;
+        if all that is left waits on a human, park the run.
+
+Kill points: before record; after record and before the call; after the call and before the next
+record. At each of them the journal alone says how the run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import orjson
+
+from app.domain.decide import decide
+from app.domain.events import Event, EventType
+from app.domain.plan import Plan
+from app.domain.run import RunStatus
+from app.domain.snapshot import state_as_dict
+from app.domain.state import CapabilityKey, apply
+from app.journal.record import (
+    Append,
+    HeadDiverged,
+    Journal,
+    JournalClosed,
+    JournalRejected,
+    KeyTaken,
+    LeaseLost,
+)
+from app.kit import failpoints
+from app.kit.clock import now_ms
+from app.orchestrator.execute import Executor
+from app.orchestrator.lease import Lease
+from app.orchestrator.outcomes import (
+    complete,
+    consume_signal,
+    event_limit,
+    make_plan,
+    outcome_events,
+    run_failed,
+)
+from app.orchestrator.run import DrivenRun, Outcome
+from app.planner.plan_envelope import PlanLimits
+from app.registry.image import RegistryImage
+
+log = logging.getLogger("flexrun.loop")
+
+SNAPSHOT_EVENTS_MIN = 500
+
+
+@dataclass(frozen=True, slots=True)
+class LoopLimits:
+    """`events_max` bounds the journal of one run; room for the terminal event is kept."""
+
+    events_max: int = 50_000
+    latency_record: bool = True
+
+
+@dataclass(slots=True)
+class Drive:
+    """What the loop needs besides the run.
+
+    `lease` says who we are in the heads, and whether we may still write.
+    """
+
+    journal: Journal
+    executor: Executor
+    image: Callable[[str], RegistryImage]
+    lease: Lease
+    limits: LoopLimits
+    plan_limits: PlanLimits
+
+
+@dataclass(slots=True)
+class _Step:
+    """One turn of the loop: the append in the making, and what to do when it is durable."""
+
+    append: Append
+    now: int
+    to_call: list[str] = field(default_factory=list)
+    wake_at: int | None = None
+
+    def note(self, run: DrivenRun, events: list[Event]) -> None:
+        """Number events, fold them into the state, and put them into the append."""
+        run.handle.stamp(events, self.now)
+        state = run.state
+        for event in events:
+            apply(state, event)
+            if event.type is EventType.NODE_START and event.node_id is not None:
+                self.to_call.append(event.node_id)
+        self.append.events += events
+
+
+async def drive_run(run: DrivenRun, drive: Drive) -> None:
+    """Drive the run until it is finished, parked, or no longer ours. Never raises for the run."""
+    try:
+        await _drive(run, drive)
+    except LeaseLost as lost:
+        log.warning("run %s is driven elsewhere now: %s", run.handle.text_id, lost)
+        run.refuse(lost)
+    except (JournalClosed, HeadDiverged, KeyTaken) as stopped:
+        run.refuse(stopped)
+    except JournalRejected as rejected:
+        run.refuse(rejected)
+        await _fail(run, drive, "JOURNAL_REJECTED", "The journal refused the data of the run.")
+    except Exception as error:
+        log.exception("driving run %s failed", run.handle.text_id)
+        run.refuse(error)
+        await _fail(run, drive, "internal_error", "The run met an error of the service itself.")
+    finally:
+        run.cancel_calls()
+        drive.executor.slots.leave(run.inbox)
+
+
+async def _drive(run: DrivenRun, drive: Drive) -> None:
+    failpoints.hit("drive.before_first_record")
+    while True:
+        step = _next_step(run, drive)
+        if step.append.has_rows:
+            await _record(run, drive, step.append)
+        if step.append.owner is None:
+            return  # finished, or parked until a human or a timer
+        for node_id in step.to_call:
+            drive.executor.perform(run, node_id)
+        if not run.inbox.poked:
+            _ask_for_slots(run, drive)
+            await run.inbox.wait(None if step.wake_at is None else (step.wake_at - now_ms()) / 1000)
+
+
+def _next_step(run: DrivenRun, drive: Drive) -> _Step:
+    """Take what arrived, apply it, decide, and shape all of it into one append."""
+    state = run.state
+    step = _Step(run.opening or Append([], state.status, None), now_ms())
+    opening_events, step.append.events = step.append.events, []
+    run.opening = None
+    step.note(run, opening_events)
+    for item in run.inbox.take():
+        if isinstance(item, Outcome):
+            failpoints.hit("outcome.before_judged")
+            step.note(run, outcome_events(run, item, step.append))
+        else:
+            failpoints.hit("resume.before_apply")
+            step.note(run, consume_signal(run, item, step.append))
+    if state.status is RunStatus.RUNNING:
+        if state.plan is None:
+            image = drive.image(run.tenant_id)
+            timed = drive.limits.latency_record
+            step.note(run, make_plan(run, image, drive.plan_limits, step.append, timed=timed))
+        step.to_call += run.recall
+        run.recall = []
+        _decide(run, drive, step)
+    _close(run, drive, step.append)
+    return step
+
+
+def _decide(run: DrivenRun, drive: Drive, step: _Step) -> None:
+    """Let the domain decide, and end the run when there is nothing left to do."""
+    state = run.state
+    if state.seq + 2 * len(state.nodes) + 10 > drive.limits.events_max:
+        step.note(run, [event_limit(drive.limits.events_max)])
+        return
+    limits = run.limits
+    if state.plan is not None and (state.ready_limited or state.waiting):
+        limits = replace(limits, free_slots=drive.executor.slots.free(_limited(state.plan)))
+    decision = decide(state, step.now, limits)
+    step.note(run, decision.events)
+    step.wake_at = decision.wake_at
+    if decision.complete:
+        step.note(run, complete(run, step.append))
+
+
+def _close(run: DrivenRun, drive: Drive, append: Append) -> None:
+    """Status, owner and snapshot of an append, from the state that it leads to."""
+    state = run.state
+    append.status = state.status
+    append.owner = drive.lease.worker_id if state.status is RunStatus.RUNNING else None
+    unsaved = state.seq - run.snapshot_seq
+    parked = append.owner is None and not state.status.is_terminal
+    if parked or unsaved > max(SNAPSHOT_EVENTS_MIN, len(state.nodes)):
+        append.snapshots.append((state.seq, orjson.dumps(state_as_dict(state)).decode()))
+        run.snapshot_seq = state.seq
+
+
+async def _record(run: DrivenRun, drive: Drive, append: Append) -> None:
+    """Make the append durable; only then does anything of it count."""
+    if not drive.lease.held:
+        await drive.lease.regain()
+    point = "park." if append.is_parking else "drive."
+    finish = "finish_record" if append.status.is_terminal else "record"
+    failpoints.hit(f"{point}before_{finish}")
+    await drive.journal.record(run.handle, append)
+    run.durable_seq = run.handle.seq
+    if not run.accepted.done():
+        run.accepted.set_result(None)
+    failpoints.hit(f"{point}after_{finish}")
+
+
+def _limited(plan: Plan) -> dict[CapabilityKey, int]:
+    """The capabilities of a plan that bound how many of their calls run at once."""
+    return {
+        (node.capability_id, node.capability_version): node.concurrency
+        for node in plan.nodes.values()
+        if node.concurrency is not None
+    }
+
+
+def _ask_for_slots(run: DrivenRun, drive: Drive) -> None:
+    """Nodes that only lack a slot of their capability: look again when one becomes free."""
+    state, slots = run.state, drive.executor.slots
+    for key in state.ready_limited:
+        slots.wait(key, run.inbox)
+    for node_id in state.waiting:
+        assert state.plan is not None
+        node = state.plan.nodes[node_id]
+        if node.concurrency is not None:
+            slots.wait((node.capability_id, node.capability_version), run.inbox)
+
+
+async def _fail(run: DrivenRun, drive: Drive, code: str, message: str) -> None:
+    """End a run that can not go on, from its last durable event. Should that fail too, the run is
+    taken over when this worker's lease ends."""
+    if run.durable_seq == 0:
+        return  # nothing was accepted: whoever submitted it got the error
+    handle = run.handle
+    handle.rewind(run.durable_seq)
+    failed = run_failed(code, message)
+    handle.stamp([failed], now_ms())
+    try:
+        await drive.journal.record(handle, Append([failed], RunStatus.FAILED, None))
+    except (LeaseLost, JournalRejected, HeadDiverged, JournalClosed) as error:
+        log.error("run %s could not be failed: %s", handle.text_id, type(error).__name__)

@@ -1,0 +1,155 @@
+"""What happened, as events: ended calls, consumed signals, a finished plan, the planner's answer.
+
+Everything here turns something that arrived into events of the loop's next append, and keeps the
+outputs that later nodes need. Big values become blobs of the same append.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+import orjson
+
+from app.domain.decide import judge_failure
+from app.domain.errors import Fault, PlanRejected
+from app.domain.events import Event, EventType, Level, error_data
+from app.domain.plan import OutputSource, Plan
+from app.domain.plan_json import plan_as_dict
+from app.journal.record import Append
+from app.kit.clock import now_ms, rfc3339
+from app.kit.json_pointer import PointerMissing, resolve
+from app.orchestrator.run import DrivenRun, Outcome
+from app.orchestrator.signals import Signal, apply_resume
+from app.planner.plan_envelope import PlanLimits, plan_envelope
+from app.registry.image import RegistryImage
+
+INLINE_VALUE_BYTES_MAX = 64 * 1024
+PLAN_NODES_IN_EVENT_MAX = 256
+
+
+def outcome_events(run: DrivenRun, outcome: Outcome, append: Append) -> list[Event]:
+    """The events of one ended call; its output is kept for the nodes that need it."""
+    state, node_id = run.state, outcome.node_id
+    assert state.plan is not None
+    node = state.nodes[node_id]
+    if outcome.failure is not None:
+        judged = judge_failure(state.plan.nodes[node_id], node, outcome.failure)
+        return [*outcome.emitted, *judged]
+    run.outputs[node_id] = outcome.output
+    data = _value("output", outcome.raw, append)
+    data["duration_ms"] = outcome.duration_ms
+    done = Event(EventType.NODE_DONE, data, node_id=node_id, attempt=node.attempt)
+    return [*outcome.emitted, done]
+
+
+def _value(name: str, raw: bytes, append: Append) -> dict[str, Any]:
+    """A value for an event: itself, or a reference when it is big. It was encoded only once."""
+    if len(raw) <= INLINE_VALUE_BYTES_MAX:
+        return {name: orjson.Fragment(raw)}
+    sha256 = hashlib.sha256(raw).hexdigest()
+    append.blobs.append((sha256, raw))
+    return {f"{name}_ref": {"sha256": sha256, "bytes": len(raw)}}
+
+
+def consume_signal(run: DrivenRun, signal: Signal, append: Append) -> list[Event]:
+    """Apply a signal, or discard it with the reason; either way it is consumed in this append."""
+    events, outputs, outcome = apply_resume(run.state, signal)
+    run.outputs.update(outputs)
+    for event in events:
+        if event.type is EventType.NODE_DONE:
+            raw = orjson.dumps(event.data.pop("output"))
+            event.data = {**_value("output", raw, append), **event.data}
+    append.signals.append((signal.signal_id, outcome))
+    return events
+
+
+def make_plan(
+    run: DrivenRun, image: RegistryImage, limits: PlanLimits, append: Append, *, timed: bool
+) -> list[Event]:
+    """Ask the planner. A plan that it can not make ends the run with the diagnostics."""
+    requested = Event(EventType.PLAN_REQUESTED, {"attempt": 1, "phase": "initial"})
+    started = time.perf_counter()
+    try:
+        plan = plan_envelope(
+            run.envelope,
+            image,
+            run_id=run.handle.text_id,
+            created_at=rfc3339(now_ms()),
+            limits=limits,
+        )
+    except PlanRejected as rejected:
+        diagnostics = [fault.as_dict() for fault in rejected.faults]
+        data = {"attempt": 1, "phase": "initial", "diagnostics": diagnostics}
+        event = Event(EventType.PLAN_REJECTED, data, level=Level.ERROR)
+        return [requested, event, run_failed("plan_rejected", rejected.detail)]
+    planning_ms = (time.perf_counter() - started) * 1000 if timed else None
+    adopt_plan(run, plan, append)
+    return [requested, plan_generated(plan, planning_ms)]
+
+
+def adopt_plan(run: DrivenRun, plan: Plan, append: Append) -> None:
+    """Make a plan version known to the state, and durable with this append."""
+    run.state.plans = {**run.state.plans, plan.version: plan}
+    append.plans.append((plan.version, orjson.dumps(plan_as_dict(plan)).decode()))
+
+
+def plan_generated(plan: Plan, planning_ms: float | None) -> Event:
+    """The event that puts a plan version into force. Big plans are only counted, not listed."""
+    data: dict[str, Any] = {
+        "version": plan.version,
+        "author": plan.author,
+        "node_count": len(plan.nodes),
+    }
+    if len(plan.nodes) <= PLAN_NODES_IN_EVENT_MAX:
+        data["nodes"] = [
+            {"id": node.id, "capability_id": node.capability_id, "requires": node.requires}
+            for node in plan.nodes.values()
+        ]
+    if planning_ms is not None:
+        data["planning_ms"] = round(planning_ms, 3)
+    return Event(EventType.PLAN_GENERATED, data, plan_version=plan.version)
+
+
+def complete(run: DrivenRun, append: Append) -> list[Event]:
+    """Every node is done: compose the output, check it against the run's contract, end the run."""
+    assert run.state.plan is not None
+    try:
+        output = _compose(run.state.plan.output, run)
+    except PointerMissing as missing:
+        return _refused((Fault("OUTPUT_MISSING", f"Nothing was produced at {missing}."),))
+    if not run.output_contract.is_valid(output):
+        return _refused(tuple(run.output_contract.violations(output)))
+    return [Event(EventType.RUN_DONE, _value("output", orjson.dumps(output), append))]
+
+
+def _compose(sources: tuple[OutputSource, ...], run: DrivenRun) -> Any:
+    """The run's output from what the nodes produced, as the plan says."""
+    composed: dict[str, Any] = {}
+    for part in sources:
+        found = run.envelope.inputs if part.source == "inputs" else run.outputs[part.source]
+        value = resolve(found, part.pointer) if part.pointer else found
+        if part.key is None:
+            return value
+        composed[part.key] = value
+    return composed
+
+
+def _refused(faults: tuple[Fault, ...]) -> list[Event]:
+    errors = [fault.as_dict() for fault in faults]
+    data = {"scope": "final_output", "errors": errors}
+    return [
+        Event(EventType.VALIDATION_ERROR, data, level=Level.ERROR),
+        run_failed("invalid_output", "The output breaks the run's contract."),
+    ]
+
+
+def event_limit(events_max: int) -> Event:
+    return run_failed("event_limit", f"A run has at most {events_max} events.")
+
+
+def run_failed(code: str, message: str) -> Event:
+    """RUN_FAILED for a reason that is not a failed node."""
+    data = {"error": error_data(code, message), "failed_nodes": []}
+    return Event(EventType.RUN_FAILED, data, level=Level.ERROR)

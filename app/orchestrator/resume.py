@@ -1,0 +1,128 @@
+"""From rows to a run that can be driven or shown: the newest snapshot, then the tail.
+
+Deleting every snapshot changes nothing but the time this takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+from app.domain.envelope import Envelope
+from app.domain.plan import Plan
+from app.domain.plan_json import plan_from_dict
+from app.domain.run import NodeStatus
+from app.domain.snapshot import state_from_dict
+from app.domain.state import RunState, apply
+from app.journal.frames import decode_event
+from app.kit.ids import created_ms
+from app.store.events import EventReader
+
+PAGE_ROWS = 5_000
+
+
+@dataclass(slots=True)
+class StoredRun:
+    """A run as the journal has it. `epoch` and `seq` are the head's; `envelope` None = pruned."""
+
+    tenant_id: str
+    epoch: int
+    seq: int
+    owner: str | None
+    status: str
+    envelope: Envelope | None
+    objective: str
+    label: str | None
+    correlation_id: str | None
+    trace_id: str
+    state: RunState
+    snapshot_seq: int
+    pruned: bool
+
+
+async def load_run(reader: EventReader, tenant_id: str, run_id: UUID) -> StoredRun | None:
+    """The run with its state folded up to the head; None when this tenant has no such run."""
+    row = await reader.run(tenant_id, run_id)
+    if row is None:
+        return None
+    plans = {
+        version: plan_from_dict(orjson.loads(body))
+        for version, body in (await reader.plans(run_id)).items()
+    }
+    state, snapshot_seq = await _newest_state(reader, run_id, plans)
+    if row["pruned_at"] is None:
+        await _fold_tail(reader, run_id, state)
+    envelope = row["envelope"]
+    return StoredRun(
+        tenant_id=tenant_id,
+        epoch=row["epoch"],
+        seq=row["seq"],
+        owner=row["owner"],
+        status=row["status"],
+        envelope=None if envelope is None else Envelope.model_validate_json(envelope),
+        objective=row["objective"],
+        label=row["label"],
+        correlation_id=row["correlation_id"],
+        trace_id=row["traceparent"].split("-")[1],
+        state=state,
+        snapshot_seq=snapshot_seq,
+        pruned=row["pruned_at"] is not None,
+    )
+
+
+async def _newest_state(
+    reader: EventReader, run_id: UUID, plans: dict[int, Plan]
+) -> tuple[RunState, int]:
+    snapshot = await reader.newest_snapshot(run_id)
+    if snapshot is not None:
+        state = state_from_dict(str(run_id), plans, orjson.loads(snapshot[1]))
+        if state is not None:
+            return state, snapshot[0]
+    return RunState(str(run_id), plans, queued_at=created_ms(run_id)), 0
+
+
+async def _fold_tail(reader: EventReader, run_id: UUID, state: RunState) -> None:
+    while True:
+        rows = await reader.page(run_id, state.seq, PAGE_ROWS)
+        for row in rows:
+            apply(state, decode_event(row.body))
+        if len(rows) < PAGE_ROWS:
+            return
+
+
+async def load_outputs(reader: EventReader, run_id: UUID, state: RunState) -> dict[str, Any]:
+    """The outputs of all done nodes, by the events that hold them."""
+    seqs = {
+        node.done_seq: node_id
+        for node_id, node in state.nodes.items()
+        if node.status is NodeStatus.DONE and node.done_seq is not None
+    }
+    bodies = await reader.events_at(run_id, list(seqs)) if seqs else {}
+    return {
+        seqs[seq]: await event_value(reader, run_id, orjson.loads(body)["data"])
+        for seq, body in bodies.items()
+    }
+
+
+async def event_value(
+    reader: EventReader, run_id: UUID, data: dict[str, Any], name: str = "output"
+) -> Any:
+    """A value that an event carries, or that it refers to."""
+    if (reference := data.get(f"{name}_ref")) is not None:
+        blob = await reader.blob(run_id, reference["sha256"])
+        return None if blob is None else orjson.loads(blob)
+    return data.get(name)
+
+
+async def last_event(reader: EventReader, run_id: UUID, seq: int) -> dict[str, Any] | None:
+    """The event at the head: of a finished run it holds the output or the error."""
+    found = await reader.events_at(run_id, [seq])
+    if seq not in found:
+        return None
+    event: dict[str, Any] = orjson.loads(found[seq])
+    return event
+
+

@@ -1,0 +1,105 @@
+"""Settings: the only reader of the environment.
+
+Names that the ecosystem knows keep them (`DATABASE_URL`, `REDIS_URL`, `MAX_RETRIES`,
+`PROVIDER_TIMEOUT_S`); all others begin with `FLEXRUN_`. `.env.example` lists every one; a test
+compares it with this model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def _plain(name: str) -> AliasChoices:
+    """A variable that keeps its own name, without our prefix."""
+    return AliasChoices(name.upper(), name.lower())
+
+
+class Settings(BaseSettings):
+    """Everything an operator can set. Flags of the command line win over the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="FLEXRUN_", extra="ignore", frozen=True)
+
+    # Where the service stands.
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")
+    allow_unauthenticated: bool = Field(
+        False, description="Allow a non-loopback address although there is no authentication."
+    )
+    data_dir: Path = Field(
+        Path(".flexrun"), description="Where the embedded Postgres keeps its data."
+    )
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+
+    # Postgres.
+    database_url: SecretStr | None = Field(
+        None,
+        validation_alias=_plain("database_url"),
+        description="postgresql://… of the database; without it an embedded one is started.",
+    )
+    allow_unsafe_postgres: bool = Field(
+        False, description="For tests only: accept fsync, full_page_writes or synchronous_commit off."
+    )
+
+    # How much a process does at once.
+    runs_max: int = Field(1_000, ge=0, le=100_000, description="Runs driven at once.")
+    submit_timeout_s: float = Field(
+        5.0, gt=0, description="How long POST waits for the journal before it answers 503."
+    )
+    drain_grace_s: float = Field(
+        10.0, ge=0, description="How long running calls may go on after SIGTERM, in seconds."
+    )
+
+    # Limits of one run; each has its own problem code.
+    envelope_bytes_max: int = Field(1_048_576, ge=1_024, description="Size of a request body.")
+    nodes_max: int = Field(2_000, ge=1, description="Nodes of a plan.")
+    edges_max: int = Field(10_000, ge=1, description="Edges of a plan.")
+    depth_max: int = Field(2_000, ge=1, description="Longest chain of a plan.")
+    events_max: int = Field(50_000, ge=100, description="Events of a run.")
+    value_bytes_max: int = Field(2_097_152, ge=1_024, description="Size of one output as JSON.")
+    streams_max: int = Field(5_000, ge=1, description="Open event streams of a process.")
+
+    # Attempts and calls.
+    max_retries: int = Field(
+        2,
+        ge=0,
+        le=19,
+        validation_alias=_plain("max_retries"),
+        description="Retries of a node whose capability and plan say nothing.",
+    )
+    provider_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        validation_alias=_plain("provider_timeout_s"),
+        description="Longest outgoing request of an http capability, in seconds.",
+    )
+    backoff_base_ms: int = Field(200, ge=1, description="First back-off between attempts, in ms.")
+    backoff_max_ms: int = Field(30_000, ge=1, description="Longest back-off, in ms.")
+
+    # The way out.
+    egress_allow: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Comma-separated CIDRs or hosts that tools may reach although private."
+    )
+    secrets_file: Path | None = Field(
+        None,
+        description="JSON file of secrets for http capabilities: "
+        '{"name": {"value": "…", "hosts": ["api.example.com"]}}.',
+    )
+
+    # Instruments.
+    latency_record: bool = Field(True, description="Keep planning and queue times of each run.")
+    sweep_s: float = Field(5.0, gt=0, description="How often stale capabilities are looked for.")
+    failpoint: str | None = Field(
+        None, description="For tests only: `name[:n]` of a point at which the process dies."
+    )
+
+    @field_validator("egress_allow", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value

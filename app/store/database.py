@@ -1,0 +1,137 @@
+"""Connections: an asyncpg pool for the hot statements, a SQLAlchemy engine for all others.
+
+Both speak to the one Postgres. Every session has time limits, so that a lost client or a stuck lock
+can never hold the journal up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+from sqlalchemy import URL, make_url, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from app.domain.errors import Unavailable
+
+SESSION_SETTINGS = {
+    "application_name": "flexrun",
+    "timezone": "UTC",
+    "statement_timeout": "5s",
+    "lock_timeout": "1s",
+    "idle_in_transaction_session_timeout": "10s",
+    "jit": "off",
+}
+
+TRANSIENT = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.exceptions.ObjectInUseError,
+)
+"""Errors after which the same statement may succeed: the server is away, restarting or busy."""
+
+
+class Database:
+    """The open connections of this process. `hot` is for `store/append.py` and its neighbours."""
+
+    def __init__(self, dsn: str, hot: asyncpg.Pool, engine: AsyncEngine) -> None:
+        self.dsn = dsn
+        self.hot = hot
+        self.engine = engine
+
+    @classmethod
+    async def open(cls, dsn: str, *, hot_size: int = 6) -> Database:
+        """Connect. Raises `Unavailable` (`database_unreachable`) when the server is not there."""
+        try:
+            hot = await asyncpg.create_pool(
+                asyncpg_dsn(dsn),
+                min_size=2,
+                max_size=hot_size,
+                server_settings=SESSION_SETTINGS,
+                command_timeout=10,
+                max_inactive_connection_lifetime=0,
+            )
+        except (*TRANSIENT, asyncpg.PostgresError) as error:
+            raise Unavailable(
+                f"Postgres can not be reached ({type(error).__name__}).",
+                code="database_unreachable",
+            ) from error
+        engine = create_async_engine(
+            sqlalchemy_url(dsn),
+            pool_size=3,
+            max_overflow=5,
+            pool_timeout=5,
+            pool_pre_ping=True,
+            connect_args={"server_settings": SESSION_SETTINGS, "command_timeout": 30},
+        )
+        return cls(dsn, hot, engine)
+
+    async def close(self) -> None:
+        """Give every connection back; a connection that hangs is cut after 5 s."""
+        try:
+            await asyncio.wait_for(self.hot.close(), timeout=5)
+        except TimeoutError:
+            self.hot.terminate()
+        await self.engine.dispose()
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A connection for reads. A server that is away becomes `Unavailable` (503)."""
+        async with _translated(), self.engine.connect() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """A short transaction; commits at the end of the block."""
+        async with _translated(), self.engine.begin() as connection:
+            yield connection
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        yield
+    except TRANSIENT as error:
+        raise Unavailable("The journal is out of reach.", code="database_unreachable") from error
+    except DBAPIError as error:
+        driver = getattr(error.orig, "__cause__", None) or error.orig
+        if error.connection_invalidated or isinstance(driver, TRANSIENT):
+            raise Unavailable(
+                "The journal is out of reach.", code="database_unreachable"
+            ) from error
+        raise
+
+
+def asyncpg_dsn(dsn: str) -> str:
+    """The address as asyncpg wants it; `postgresql+asyncpg://` is understood as well."""
+    return dsn.replace("postgresql+asyncpg://", "postgresql://", 1)
+
+
+def sqlalchemy_url(dsn: str) -> URL:
+    return make_url(asyncpg_dsn(dsn)).set(drivername="postgresql+asyncpg")
+
+
+async def server_facts(connection: AsyncConnection) -> dict[str, Any]:
+    """Version, start time and the settings that durability hangs on."""
+    row = (
+        await connection.execute(
+            text(
+                """select current_setting('server_version') as version,
+                pg_postmaster_start_time() as started_at,
+                current_setting('fsync') as fsync,
+                current_setting('full_page_writes') as full_page_writes,
+                current_setting('synchronous_commit') as synchronous_commit"""
+            )
+        )
+    ).one()
+    return dict(row._mapping)

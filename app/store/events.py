@@ -1,0 +1,193 @@
+"""Reads of the journal: pages of events, heads, plans, snapshots and blobs of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import RowMapping, Select, and_, func, select
+
+from app.domain.events import TERMINAL_EVENTS
+from app.kit.ids import run_day
+from app.store.database import Database
+from app.store.tables import blobs, events, plan_versions, run_heads, runs, snapshots
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """One stored event; `body` is the frame's data."""
+
+    seq: int
+    type: str
+    node_id: str | None
+    level: str
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeadView:
+    """Where a run stands: the seq of its last durable event, and its status."""
+
+    seq: int
+    status: str
+
+
+class EventReader:
+    """All reading statements of a run's journal. Every one touches a single partition."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def page(
+        self,
+        run_id: UUID,
+        after: int,
+        limit: int,
+        *,
+        types: frozenset[str] = frozenset(),
+        nodes: frozenset[str] = frozenset(),
+        levels: frozenset[str] = frozenset(),
+    ) -> list[EventRow]:
+        """Events behind `after` in order; with filters, those that pass and the terminal one."""
+        statement: Select[Any] = (
+            select(events.c.seq, events.c.type, events.c.node_id, events.c.level, events.c.body)
+            .where(
+                events.c.run_day == run_day(run_id),
+                events.c.run_id == run_id,
+                events.c.seq > after,
+            )
+            .order_by(events.c.seq)
+            .limit(limit)
+        )
+        wanted = [
+            column.in_(sorted(values))
+            for column, values in (
+                (events.c.type, types),
+                (events.c.node_id, nodes),
+                (events.c.level, levels),
+            )
+            if values
+        ]
+        if wanted:
+            statement = statement.where(
+                and_(*wanted) | events.c.type.in_(sorted(TERMINAL_EVENTS))
+            )
+        async with self._database.read() as connection:
+            rows = (await connection.execute(statement)).all()
+        return [EventRow(*row) for row in rows]
+
+    async def head_seqs(self, run_ids: list[UUID]) -> dict[UUID, int]:
+        """The last durable seq of each run that exists."""
+        statement = select(run_heads.c.run_id, run_heads.c.seq).where(
+            run_heads.c.run_id.in_(run_ids)
+        )
+        async with self._database.read() as connection:
+            return {row.run_id: row.seq for row in await connection.execute(statement)}
+
+    async def head(self, tenant_id: str, run_id: UUID) -> HeadView | None:
+        """The head of one run; None when this tenant has no such run."""
+        statement = select(run_heads.c.seq, run_heads.c.status).where(
+            run_heads.c.run_id == run_id, run_heads.c.tenant_id == tenant_id
+        )
+        async with self._database.read() as connection:
+            row = (await connection.execute(statement)).first()
+        return None if row is None else HeadView(*row)
+
+    async def run(self, tenant_id: str, run_id: UUID) -> RowMapping | None:
+        """The run's own row and its head, joined; None when this tenant has no such run."""
+        statement = (
+            select(runs, run_heads.c[("epoch", "seq", "owner", "takes", "wake_at", "status", "lane")])
+            .join(run_heads, run_heads.c.run_id == runs.c.run_id)
+            .where(runs.c.run_id == run_id, runs.c.tenant_id == tenant_id)
+        )
+        async with self._database.read() as connection:
+            return (await connection.execute(statement)).mappings().first()
+
+    async def plans(self, run_id: UUID) -> dict[int, str]:
+        """The stored JSON of every plan version of the run."""
+        statement = (
+            select(plan_versions.c.version, plan_versions.c.body)
+            .where(plan_versions.c.run_day == run_day(run_id), plan_versions.c.run_id == run_id)
+            .order_by(plan_versions.c.version)
+        )
+        async with self._database.read() as connection:
+            return {row.version: row.body for row in await connection.execute(statement)}
+
+    async def newest_snapshot(self, run_id: UUID) -> tuple[int, str] | None:
+        """`(seq, body)` of the newest snapshot."""
+        statement = (
+            select(snapshots.c.seq, snapshots.c.body)
+            .where(snapshots.c.run_day == run_day(run_id), snapshots.c.run_id == run_id)
+            .order_by(snapshots.c.seq.desc())
+            .limit(1)
+        )
+        async with self._database.read() as connection:
+            row = (await connection.execute(statement)).first()
+        return None if row is None else (row.seq, row.body)
+
+    async def events_at(self, run_id: UUID, seqs: list[int]) -> dict[int, str]:
+        """The bodies of single events, by seq."""
+        statement = select(events.c.seq, events.c.body).where(
+            events.c.run_day == run_day(run_id),
+            events.c.run_id == run_id,
+            events.c.seq.in_(seqs),
+        )
+        async with self._database.read() as connection:
+            return {row.seq: row.body for row in await connection.execute(statement)}
+
+    async def blob(self, run_id: UUID, sha256: str) -> bytes | None:
+        """A big value by its content hash."""
+        statement = select(blobs.c.body).where(
+            blobs.c.run_day == run_day(run_id),
+            blobs.c.run_id == run_id,
+            blobs.c.sha256 == sha256,
+        )
+        async with self._database.read() as connection:
+            found: bytes | None = (await connection.execute(statement)).scalar()
+            return found
+
+    async def list_runs(
+        self,
+        tenant_id: str,
+        *,
+        before: UUID | None,
+        limit: int,
+        status: list[str],
+        label: str | None,
+        created_after: UUID | None,
+        created_before: UUID | None,
+    ) -> list[RowMapping]:
+        """Runs, newest first. Times are asked for as UUIDv7 bounds: the id is the time."""
+        statement = (
+            select(
+                *(runs.c.run_id, runs.c.objective, runs.c.label, runs.c.correlation_id),
+                *(runs.c.created_at, run_heads.c.status, run_heads.c.seq, run_heads.c.lane),
+            )
+            .join(run_heads, run_heads.c.run_id == runs.c.run_id)
+            .where(runs.c.tenant_id == tenant_id)
+            .order_by(runs.c.run_id.desc())
+            .limit(limit)
+        )
+        bounds = (
+            (before, lambda bound: runs.c.run_id < bound),
+            (created_before, lambda bound: runs.c.run_id < bound),
+            (created_after, lambda bound: runs.c.run_id >= bound),
+        )
+        for bound, condition in bounds:
+            if bound is not None:
+                statement = statement.where(condition(bound))
+        if status:
+            statement = statement.where(run_heads.c.status.in_(status))
+        if label is not None:
+            statement = statement.where(runs.c.label == label)
+        async with self._database.read() as connection:
+            return list((await connection.execute(statement)).mappings())
+
+    async def queue_depth(self) -> int:
+        """How many runs wait to be claimed for the first time."""
+        statement = select(func.count()).where(
+            run_heads.c.status == "queued", run_heads.c.owner.is_(None)
+        )
+        async with self._database.read() as connection:
+            return int((await connection.execute(statement)).scalar_one())

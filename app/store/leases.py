@@ -1,0 +1,149 @@
+"""The lease of a worker, the hint that one is dead, and claims of runs. Hot: asyncpg directly.
+
+Every function works on the worker's own lock session: a connection that holds a session advisory
+lock for as long as the process lives. A free lock is only a hint that its owner is dead; the epoch
+in every write is the fence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+if TYPE_CHECKING:
+    from app.store.append import AnyConnection
+
+LEASE_S = 10
+LOCK_CLASS = 0x466C  # first half of the two-part advisory key: ours, not a migration's
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """A worker as the others see it. `lock_free`: nobody holds its advisory lock right now."""
+
+    worker_id: str
+    lease_over: bool
+    lock_free: bool
+    same_server: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A run that is ours now, under a new epoch. `from_worker` is who held it before, if anyone."""
+
+    run_id: UUID
+    tenant_id: str
+    epoch: int
+    seq: int
+    from_worker: str | None
+
+
+async def register_worker(
+    connection: AnyConnection, worker_id: str, lock_key: int, host: str, pid: int
+) -> bool:
+    """Take the advisory lock and write the row, anew after a lost session. False: still locked."""
+    if not await connection.fetchval(
+        "select pg_try_advisory_lock($1, $2)", LOCK_CLASS, lock_key
+    ):
+        return False
+    await connection.execute(
+        """insert into workers (worker_id, lease_until, pg_start, lock_key, started_at, host, pid)
+        values ($1, clock_timestamp() + make_interval(secs => $2), pg_postmaster_start_time(),
+                $3, clock_timestamp(), $4, $5)
+        on conflict (worker_id) do update
+        set lease_until = excluded.lease_until, pg_start = excluded.pg_start""",
+        worker_id,
+        LEASE_S,
+        lock_key,
+        host,
+        pid,
+    )
+    return True
+
+
+async def renew_lease(connection: AnyConnection, worker_id: str) -> bool:
+    """One row, without waiting for the disk: losing a renewal in a crash only shortens a lease."""
+    async with connection.transaction():
+        await connection.execute("set local synchronous_commit = off")
+        status = await connection.execute(
+            """update workers
+            set lease_until = clock_timestamp() + make_interval(secs => $2)
+            where worker_id = $1 and pg_start = pg_postmaster_start_time()""",
+            worker_id,
+            LEASE_S,
+        )
+    return str(status) == "UPDATE 1"
+
+
+async def leave(connection: AnyConnection, worker_id: str) -> None:
+    """Give back what is still held and forget the worker: the others need not wait for a lease."""
+    await connection.execute(
+        """update run_heads set owner = null, epoch = epoch + 1, wake_at = clock_timestamp()
+        where owner = $1""",
+        worker_id,
+    )
+    await connection.execute("delete from workers where worker_id = $1", worker_id)
+
+
+async def other_workers(connection: AnyConnection, worker_id: str) -> list[WorkerRow]:
+    """Every other worker, with what speaks for its death."""
+    rows = await connection.fetch(
+        """select w.worker_id, w.lease_until < clock_timestamp() as lease_over,
+            not exists (select from pg_locks l where l.locktype = 'advisory'
+                and l.classid = $2 and l.objid = w.lock_key::oid and l.objsubid = 2
+                and l.database = (select oid from pg_database where datname = current_database()))
+                as lock_free,
+            w.pg_start = pg_postmaster_start_time() as same_server
+        from workers w where w.worker_id <> $1""",
+        worker_id,
+        LOCK_CLASS,
+    )
+    return [WorkerRow(*row) for row in rows]
+
+
+async def claim_runs(
+    connection: AnyConnection, worker_id: str, dead: list[str], limit: int
+) -> list[Claim]:
+    """Take up to `limit` runs nobody drives, and those of dead workers, oldest first.
+
+    Claimable is derived, never flagged: unfinished, without a live owner, and queued, or due to
+    wake, or with a signal that waits. The new epoch is durable before anything of the run is read.
+    """
+    rows = await connection.fetch(
+        """with picked as materialized (
+            select h.run_id, h.owner from run_heads h
+            where h.status in ('queued', 'running', 'awaiting_human', 'paused')
+            and ((h.owner is null and (h.status = 'queued' or h.wake_at <= clock_timestamp()
+                    or exists (select from signals s
+                               where s.run_id = h.run_id and s.outcome is null)))
+                or h.owner = any($2::text[])
+                or (h.owner is not null and h.owner <> $1 and not exists
+                    (select from workers w where w.worker_id = h.owner)))
+            order by h.run_id limit $3
+            for update of h skip locked)
+        update run_heads h
+        set owner = $1, epoch = h.epoch + 1, wake_at = null, takes = h.takes + 1
+        from picked p where h.run_id = p.run_id
+        returning h.run_id, h.tenant_id, h.epoch, h.seq, p.owner""",
+        worker_id,
+        dead,
+        limit,
+    )
+    return [Claim(*row) for row in rows]
+
+
+async def forget_workers(connection: AnyConnection, dead: list[str]) -> None:
+    """Delete the rows of dead workers that own nothing any more."""
+    await connection.execute(
+        """delete from workers w where w.worker_id = any($1::text[])
+        and not exists (select from run_heads h where h.owner = w.worker_id)""",
+        dead,
+    )
+
+
+async def database_now(connection: AnyConnection) -> datetime:
+    """The clock that leases are judged by."""
+    now: datetime = await connection.fetchval("select clock_timestamp()")
+    return now

@@ -1,0 +1,115 @@
+"""Fixtures: a real Postgres and a real Redis for the session, a fresh database for every test.
+
+One migrated template database is cloned per test, so that every test has real commits and locks
+and none sees another's rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+
+import asyncpg
+import pytest
+
+from app.bootstrap import Services, open_services
+from app.settings import Settings
+from app.store.database import Database
+from app.store.migrate import migrate
+from app.worker import Worker
+from tests.servers import RunningRedis, start_postgres, start_redis
+from tests.service import RunningService, running_service
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def postgres_dsn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the session's Postgres; tests use `dsn`, a database of their own."""
+    with start_postgres(tmp_path_factory.mktemp("postgres")) as server:
+        yield server.dsn
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRedis]:
+    with start_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+_templates: dict[str, str] = {}
+
+
+async def _template(postgres_dsn: str) -> str:
+    """The name of the migrated template, made on first use."""
+    if postgres_dsn not in _templates:
+        admin = await asyncpg.connect(postgres_dsn)
+        try:
+            await admin.execute("create database flexrun_template")
+        finally:
+            await admin.close()
+        await migrate(with_database(postgres_dsn, "flexrun_template"))
+        _templates[postgres_dsn] = "flexrun_template"
+    return _templates[postgres_dsn]
+
+
+def with_database(dsn: str, name: str) -> str:
+    """The same server, another database."""
+    return f"{dsn.rpartition('/')[0]}/{name}"
+
+
+@pytest.fixture
+async def dsn(postgres_dsn: str) -> AsyncIterator[str]:
+    """A fresh database at head."""
+    template = await _template(postgres_dsn)
+    name = f"test_{next(_numbers)}"
+    admin = await asyncpg.connect(postgres_dsn)
+    try:
+        await admin.execute(f"create database {name} template {template}")
+        yield with_database(postgres_dsn, name)
+        await admin.execute(f"drop database {name} with (force)")
+    finally:
+        await admin.close()
+
+
+@pytest.fixture
+async def database(dsn: str) -> AsyncIterator[Database]:
+    database = await Database.open(dsn)
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """Settings of a service under test; `FLEXRUN_…` of the environment does not reach them."""
+    return make_settings()
+
+
+def make_settings(**changes: object) -> Settings:
+    """Settings with a few values changed."""
+    base: dict[str, object] = {
+        "allow_unsafe_postgres": True,
+        "drain_grace_s": 2.0,
+        "backoff_base_ms": 1,
+        "backoff_max_ms": 20,
+        "egress_allow": ("127.0.0.1",),
+    }
+    return Settings.model_validate({**base, **changes})
+
+
+@pytest.fixture
+async def services(dsn: str, settings: Settings) -> AsyncIterator[Services]:
+    """The open services with a worker, without HTTP."""
+    async with AsyncExitStack() as stack:
+        services = await stack.enter_async_context(open_services(settings, dsn))
+        worker = Worker(services.database, services.lease, services.runner, services.reader)
+        await worker.start()
+        yield services
+        await worker.drain(settings.drain_grace_s)
+
+
+@pytest.fixture
+async def service(dsn: str, settings: Settings) -> AsyncIterator[RunningService]:
+    """The whole service on a free port, in this event loop."""
+    async with running_service(settings, dsn) as service:
+        yield service
