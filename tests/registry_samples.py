@@ -66,7 +66,9 @@ def capability(
     specs = [
         dict(given)
         if isinstance(given, Mapping)
-        else {"facets": list(given)} if given else ANY_OBJECT
+        else {"facets": list(given)}
+        if given
+        else ANY_OBJECT
         for given in (takes, gives)
     ]
     for spec in specs:
@@ -124,7 +126,9 @@ def envelope(
     contract = (
         {"instructions": "anything"}
         if output is None
-        else dict(output) if isinstance(output, Mapping) else {"facets": list(output)}
+        else dict(output)
+        if isinstance(output, Mapping)
+        else {"facets": list(output)}
     )
     body = {"objective": "test", "inputs": dict(inputs or {}), "output_contract": contract, **parts}
     if nodes:

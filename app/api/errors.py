@@ -221,7 +221,6 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
     # The handler of Exception sits outside and raises again, so that the server logs a second
     # time. Its base class is looked up in the inner layer, which ends there.
-    app.exception_handlers[BaseException] = _unexpected
 
 
 def trace_id_of(request: Request) -> str | None:

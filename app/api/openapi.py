@@ -1,77 +1,59 @@
-"""OpenAPI of what FastAPI does not see: bodies that routes read themselves, events and problems.
-
-Routes refer to these by name, `install_openapi` puts them among the components.
-"""
+"""OpenAPI beyond what FastAPI derives: shapes that routes read by hand, and the event union."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, Field
-from pydantic.json_schema import models_json_schema
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
-from app.api.errors import Problem
-from app.api.run_schemas import ResumeBody
+from app.api.run_schemas import ResumeBody, RunResource
 from app.domain.envelope import Envelope
-from app.domain.events import EventType, Level
+from app.domain.event_shapes import event_models
 
-REFERENCE = "#/components/schemas/"
-
-
-class Event(BaseModel):
-    """One event of a run: a line of its journal, and the data of an SSE frame."""
-
-    seq: int = Field(ge=1, description="1, 2, 3 … without gaps; the id of the SSE frame.")
-    run_id: str
-    ts: str = Field(description="RFC 3339, UTC.")
-    level: Level
-    type: EventType
-    node_id: str | None = None
-    attempt: int | None = None
-    plan_version: int | None = None
-    trace_id: str
-    data: dict[str, Any]
-
-
-NAMED: tuple[type[BaseModel], ...] = (Envelope, Event, Problem, ResumeBody)
+REFERENCE = "#/components/schemas/{model}"
 
 
 def install_openapi(app: FastAPI) -> None:
-    """Let the app's OpenAPI also hold the models of `NAMED` and their parts."""
-    generate = app.openapi
+    """Let `/openapi.json` have every shape that a route names, and `Event` with its union."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schema = generate()
-            _add(schema.setdefault("components", {}).setdefault("schemas", {}))
-            app.openapi_schema = schema
+            document = get_openapi(
+                title=app.title,
+                version=app.version,
+                summary=app.summary,
+                routes=app.routes,
+                separate_input_output_schemas=app.separate_input_output_schemas,
+            )
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for model in (Envelope, ResumeBody, RunResource):
+                _add(schemas, model)
+            schemas["Event"] = _event_union(schemas)
+            app.openapi_schema = document
         return app.openapi_schema
 
-    app.openapi = openapi  # type: ignore[method-assign]
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
 
 
-def _add(components: dict[str, Any]) -> None:
-    """Parts that read otherwise than they are written get "-Input", as FastAPI names them."""
-    _, generated = models_json_schema(
-        [(model, "validation") for model in NAMED], ref_template=REFERENCE + "{model}"
-    )
-    definitions: dict[str, Any] = generated["$defs"]
-    whole = {model.__name__ for model in NAMED}
-    renamed = {
-        REFERENCE + name: f"{REFERENCE}{name}-Input"
-        for name, definition in definitions.items()
-        if name not in whole and components.get(name, definition) != definition
+def _add(schemas: dict[str, Any], model: type[BaseModel]) -> None:
+    schema = model.model_json_schema(ref_template=REFERENCE, by_alias=True)
+    for name, definition in schema.pop("$defs", {}).items():
+        schemas.setdefault(name, definition)
+    schemas.setdefault(model.__name__, schema)
+
+
+def _event_union(schemas: dict[str, Any]) -> dict[str, Any]:
+    mapping: dict[str, str] = {}
+    for event_type, model in event_models().items():
+        schema = model.model_json_schema(ref_template=REFERENCE)
+        for name, definition in schema.pop("$defs", {}).items():
+            schemas.setdefault(name, definition)
+        schemas[f"{model.__name__}Event"] = schema
+        mapping[event_type] = REFERENCE.format(model=f"{model.__name__}Event")
+    return {
+        "description": "One event of a run: the `data:` of its SSE frame.",
+        "oneOf": [{"$ref": reference} for reference in mapping.values()],
+        "discriminator": {"propertyName": "type", "mapping": mapping},
     }
-    for name, definition in definitions.items():
-        reference = REFERENCE + name
-        final = renamed.get(reference, reference).removeprefix(REFERENCE)
-        components[final] = _with_references(definition, renamed)
-
-
-def _with_references(node: Any, renamed: dict[str, str]) -> Any:
-    if isinstance(node, dict):
-        return {key: _with_references(item, renamed) for key, item in node.items()}
-    if isinstance(node, list):
-        return [_with_references(item, renamed) for item in node]
-    return renamed.get(node, node) if isinstance(node, str) else node

@@ -37,8 +37,10 @@ POINTER_CHARS_MAX = 1_000
 # Bytes one compiled pattern may take. Enough for a few dozen repeats of a Unicode class.
 PATTERN_BYTES_MAX = 2 * 1024 * 1024
 # The engine copies the value into every error it finds and finds all of them at once, so its work
-# is bounded by values² x sub-schemas; this much takes some tens of milliseconds.
+# is bounded by values x sub-schemas (errors) x values (the copy in each): 0.3 s at the very worst.
+DETAIL_ERRORS_MAX = 20_000
 DETAIL_WORK_MAX = 2_000_000
+_CHARS_PER_WEIGHT = 16
 # Sub-schemas x values of one check; about a second of the engine's time at the very worst.
 CHECK_WORK_MAX = 100_000_000
 _COST_LIGHT = 500
@@ -92,7 +94,7 @@ class Validator:
 
     def _is_too_much_work(self, value: Any) -> bool:
         cost = self.shape.cost
-        return cost > _COST_LIGHT and cost * _extent(value)[0] > CHECK_WORK_MAX
+        return cost > _COST_LIGHT and cost * _extent(value).count > CHECK_WORK_MAX
 
 
 def compile_schema(schema: Any, pointer: str = "/schema") -> Validator:
@@ -197,8 +199,12 @@ def _reasons(
         yield from (_violation(error, at) for error in validator._engine.iter_errors(value))
         return
     found = False
+    # All items of an array have one schema; even finding it in the cache costs a hash.
+    known: dict[int, Validator] = {}
     for step, part, below in _parts(follow(root, schema), value):
-        derived = compile_derived(standing_alone(below, root))
+        derived = known.get(id(below))
+        if derived is None:
+            derived = known[id(below)] = compile_derived(standing_alone(below, root))
         for reason in _reasons(derived, root, below, part, f"{at}/{step}"):
             found = True
             yield reason
@@ -207,10 +213,11 @@ def _reasons(
 
 
 def _detail_is_cheap(shape: Shape, value: Any) -> bool:
-    size, depth = _extent(value)
+    extent = _extent(value)
     # Every level of a recursive value can multiply the errors by the loops of the schema.
-    spread = (1 + shape.loops) ** depth if shape.loops else 1
-    return size * size * shape.cost * spread <= DETAIL_WORK_MAX
+    spread = (1 + shape.loops) ** extent.depth if shape.loops else 1
+    errors = extent.count * shape.cost * spread
+    return errors <= DETAIL_ERRORS_MAX and errors * extent.weight <= DETAIL_WORK_MAX
 
 
 def _parts(schema: Schema, value: Any) -> Iterator[tuple[str, Any, Schema]]:
@@ -227,21 +234,32 @@ def _parts(schema: Schema, value: Any) -> Iterator[tuple[str, Any, Schema]]:
             yield str(index), item, schema["items"]
 
 
-def _extent(value: Any) -> tuple[int, int]:
-    """How many values a JSON value consists of, itself included, and how deep it is."""
-    size, depth = 0, 0
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """`count`: the values in a JSON value, itself included; `weight`: what copying it costs."""
+
+    count: int
+    weight: int
+    depth: int
+
+
+def _extent(value: Any) -> _Extent:
+    count = weight = depth = 0
     level = [value]
     while level:
-        size += len(level)
+        count += len(level)
         below: list[Any] = []
         for found in level:
             if type(found) is dict:
                 below.extend(found.values())
+                weight += sum(map(len, found)) // _CHARS_PER_WEIGHT
             elif type(found) is list:
                 below.extend(found)
+            elif type(found) is str:
+                weight += len(found) // _CHARS_PER_WEIGHT
         depth += 1
         level = below
-    return size, depth
+    return _Extent(count, count + weight, depth)
 
 
 def _violation(error: jsonschema_rs.ValidationError, at: str) -> Violation:

@@ -1,12 +1,12 @@
 """Plans as JSON, as the journal stores them and the API serves them; the way back is exact.
 
-    {run_id, version, created_at, author, nodes: [...],
-     metadata: {rationale, proof: [{node_id, key, source, pointer, fit, why}],
-                output: [{key, source, pointer}]}}
+{run_id, version, created_at, author, nodes: [...],
+ metadata: {rationale, proof: [{node_id, key, source, pointer, fit, why}],
+            output: [{key, source, pointer}]}}
 
-    node: {id, kind, label, text, capability_id, capability_version, requires, bindings,
-           facets: {input, output}, effect, timeout_s, max_attempts, concurrency, rationale}
-    binding: {"value": …} or {"from": "<node id>|inputs", "pointer": "/…"}
+node: {id, kind, label, text, capability_id, capability_version, requires, bindings,
+       facets: {input, output}, effect, timeout_s, max_attempts, concurrency, rationale}
+binding: {"value": …} or {"from": "<node id>|inputs", "pointer": "/…"}
 """
 
 from __future__ import annotations

@@ -119,6 +119,9 @@ class Executor:
             try:
                 inputs[key] = _value_of(bound, run)
             except PointerMissing:
+                declared = capability.input.properties.get(key)
+                if declared is not None and not declared.required:
+                    continue  # an optional input that its source did not produce this time
                 fault = Fault(
                     "INPUT_MISSING",
                     f"{bound.source!r} has nothing at {bound.pointer!r}.",

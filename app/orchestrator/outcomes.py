@@ -115,21 +115,24 @@ def plan_generated(plan: Plan, planning_ms: float | None) -> Event:
 def complete(run: DrivenRun, append: Append) -> list[Event]:
     """Every node is done: compose the output, check it against the run's contract, end the run."""
     assert run.state.plan is not None
-    try:
-        output = _compose(run.state.plan.output, run)
-    except PointerMissing as missing:
-        return _refused((Fault("OUTPUT_MISSING", f"Nothing was produced at {missing}."),))
+    output = _compose(run.state.plan.output, run)
     if not run.output_contract.is_valid(output):
         return _refused(tuple(run.output_contract.violations(output)))
     return [Event(EventType.RUN_DONE, _value("output", orjson.dumps(output), append))]
 
 
 def _compose(sources: tuple[OutputSource, ...], run: DrivenRun) -> Any:
-    """The run's output from what the nodes produced, as the plan says."""
+    """The run's output from what the nodes produced, as the plan says.
+
+    A part that was not produced is left out: whether it may be missing, the contract says.
+    """
     composed: dict[str, Any] = {}
     for part in sources:
         found = run.envelope.inputs if part.source == "inputs" else run.outputs[part.source]
-        value = resolve(found, part.pointer) if part.pointer else found
+        try:
+            value = resolve(found, part.pointer) if part.pointer else found
+        except PointerMissing:
+            continue
         if part.key is None:
             return value
         composed[part.key] = value

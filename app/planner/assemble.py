@@ -59,9 +59,7 @@ class _Task:
     must: list[Edge]
     price: Price
 
-    def search(
-        self, *, shallow: bool = False, among: Collection[int] | None = None
-    ) -> Derivation:
+    def search(self, *, shallow: bool = False, among: Collection[int] | None = None) -> Derivation:
         """The cheapest derivation; `among` allows only the capabilities of these ranks."""
         price = self.price
         if among is not None:
@@ -70,6 +68,12 @@ class _Task:
                 return self.price(edge) if edge.rank in among else None
 
         return search(self.graph, self.at_hand, self.goals, self.must, price, shallow=shallow)
+
+    def is_reached_by(self, found: Derivation) -> bool:
+        """Whether a search reached every goal and every required capability."""
+        return found.maker.keys() >= set(self.goals) and found.calls.keys() >= {
+            edge.rank for edge in self.must
+        }
 
 
 def assemble(
@@ -107,9 +111,7 @@ def assemble(
     return _within(task, found, limits)
 
 
-def _at_hand(
-    inputs: Mapping[str, Any], image: RegistryImage
-) -> tuple[dict[str, str], list[Fault]]:
+def _at_hand(inputs: Mapping[str, Any], image: RegistryImage) -> tuple[dict[str, str], list[Fault]]:
     """The facets that the inputs give, each with its key; and what is wrong with the others."""
     at_hand: dict[str, str] = {}
     misfits: list[Fault] = []
@@ -282,7 +284,7 @@ def _pruned(task: _Task, found: Derivation, *, shallow: bool) -> list[Call]:
         tried.add(spare.rank)
         among = {call.edge.rank for call in calls} - {spare.rank}
         without = task.search(shallow=shallow, among=among)
-        if all(goal in without.maker for goal in task.goals):
+        if task.is_reached_by(without):
             calls = _needed(task, without)
     return calls
 

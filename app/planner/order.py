@@ -226,9 +226,7 @@ def _sources(node: Node) -> tuple[str, ...]:
     return (*node.requires, *node.extra)
 
 
-def _cycle_fault(
-    nodes: Mapping[str, Node], cycle: list[str], written: Mapping[str, int]
-) -> Fault:
+def _cycle_fault(nodes: Mapping[str, Node], cycle: list[str], written: Mapping[str, int]) -> Fault:
     # Start at the member that the caller wrote first, so that the message does not depend on luck.
     first = min(range(len(cycle)), key=lambda index: written[cycle[index]])
     members = cycle[first:] + cycle[:first]

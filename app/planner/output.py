@@ -202,4 +202,3 @@ class _OutputBinder:
 def _note_maker(makers: dict[str, _Maker], name: str, node: Node, pointer: str) -> None:
     earlier = makers.get(name)
     makers[name] = _Maker(node, pointer, 1 if earlier is None else earlier.count + 1)
-

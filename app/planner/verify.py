@@ -109,9 +109,7 @@ def _resolve(draft: Draft, image: RegistryImage, faults: list[Fault]) -> dict[st
     return nodes
 
 
-def _capability_of(
-    node: DraftNode, image: RegistryImage, faults: list[Fault]
-) -> Capability | None:
+def _capability_of(node: DraftNode, image: RegistryImage, faults: list[Fault]) -> Capability | None:
     name, version, where = node.capability_id, node.capability_version, "/capability"
     if version is None:
         found = image.newest(name)

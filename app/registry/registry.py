@@ -72,7 +72,10 @@ class Registry:
         self._sweeper: asyncio.Task[None] | None = None
 
     def image(self, tenant_id: str) -> RegistryImage:
-        """What planner and executor work with. No I/O; hold on to it for one plan or call."""
+        """What planner and executor work with. No I/O; hold on to it for one plan or call.
+
+        `last_seen_at` in it may be old: a heartbeat changes nothing that planning sees.
+        """
         return self._of(tenant_id).image
 
     async def start(self) -> None:

@@ -61,8 +61,7 @@ class _Server(NamedTuple):
 
 
 class EmbeddedPostgres:
-    """One use of the server in `data_dir`; it runs at least until `stop()` or the end of this
-    process."""
+    """One use of a server, which runs at least until `stop()` or the end of this process."""
 
     def __init__(
         self, server: _Server, home: Path, users_fd: int, reaper: threading.Thread | None

@@ -41,7 +41,7 @@ SYNC_DELAY_S = 5.0
 READY_DEADLINE_S = 300.0
 RETRY_DEADLINE_S = 15.0
 # A Postgres that is not known as ours may still be ours, on its way out.
-STRANGER_PATIENCE_S = 3.0
+STRANGER_PATIENCE_S = 2.0
 # Postgres is started again when it dies under its users, but not for ever.
 RESTARTS_MAX = 5
 RESTART_WINDOW_S = 60.0
@@ -80,7 +80,7 @@ def main(argument: str) -> None:
     _record(order, server, port)
     last_user_left = _watch_users(users_fd)
     if order.must_sync:
-        later = threading.Timer(SYNC_DELAY_S, _sync_in_background, [order])
+        later = threading.Timer(SYNC_DELAY_S, lambda: _start_sync(order).wait())
         later.daemon = True
         later.start()
 
@@ -95,7 +95,7 @@ def main(argument: str) -> None:
         _record(order, server, port)
     _shut_down(server)
     if order.must_sync:
-        _sync_in_background(order)
+        _start_sync(order)
 
 
 # --- signs from outside ---------------------------------------------------------------------------
@@ -257,19 +257,18 @@ def _shut_down(server: subprocess.Popen[bytes]) -> None:
             return
 
 
-def _sync_in_background(order: Order) -> None:
+def _start_sync(order: Order) -> subprocess.Popen[bytes]:
     """initdb ran without syncing, for speed; catch up once the first rush is over.
 
-    In a process of its own: a thread in the middle of a slow sync would hold up our own end.
+    In a process of its own, which at our end goes on alone: nobody shall wait for a slow disk.
     """
-    with contextlib.suppress(OSError):
-        subprocess.Popen(
-            [Path(order.postgres).with_name("initdb"), "--sync-only", "-D", _cluster_of(order)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=sys.stderr,
-            **_as_server_user(order),
-        )
+    return subprocess.Popen(
+        [Path(order.postgres).with_name("initdb"), "--sync-only", "-D", _cluster_of(order)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=sys.stderr,
+        **_as_server_user(order),
+    )
 
 
 # --- what an earlier server left ------------------------------------------------------------------

@@ -21,16 +21,12 @@ from tests.registry_samples import capability, envelope, facet, image_of
 
 OUTLINE = capability("document.outline", ["document"], ["outline"])
 COMPOSE = capability("brief.compose", ["outline"], ["draft_brief"])
-CHECK = capability(
-    "brief.check", ["draft_brief", "document"], ["brief"], kind=NodeKind.VALIDATION
-)
+CHECK = capability("brief.check", ["draft_brief", "document"], ["brief"], kind=NodeKind.VALIDATION)
 FETCH = capability("document.fetch", ["url"], ["document"])
 PACK = [OUTLINE, COMPOSE, CHECK, FETCH]
 
 
-def plan_of(
-    made: Envelope, image: RegistryImage, limits: PlanLimits | None = None
-) -> Plan:
+def plan_of(made: Envelope, image: RegistryImage, limits: PlanLimits | None = None) -> Plan:
     return plan_envelope(made, image, run_id="r", created_at="now", limits=limits or PlanLimits())
 
 
@@ -157,9 +153,7 @@ class TestWhatIsAskedFor:
             ("OUTPUT_FACET_UNCOVERED", "/output_contract/schema/properties/x"),
             ("OUTPUT_FACET_UNCOVERED", "/output_contract/schema"),
         ]
-        given_too = envelope(
-            inputs={"document": "text", "x": 1, "y": 2}, output={"schema": schema}
-        )
+        given_too = envelope(inputs={"document": "text", "x": 1, "y": 2}, output={"schema": schema})
         assert [part.source for part in plan_of(given_too, image_of(*PACK)).output] == [
             "outline",
             "inputs",
@@ -318,6 +312,15 @@ class TestChoice:
         )
         made = envelope(inputs={"document": "d"}, output=["x", "y"])
         assert sorted(plan_of(made, image).nodes) == ["a", "b"]
+
+    def test_nor_is_one_dropped_that_a_required_capability_needs(self) -> None:
+        image = image_of(
+            capability("a", ["document"], ["x"]),
+            capability("m", ["x"], ["z"]),
+            capability("b", ["z"], ["x"]),
+            self.CHEAP,
+        )
+        assert self.chosen(image, require=["m", "b"]) == ["a", "b", "cheap", "m"]
 
     def test_a_bound_on_depth_may_cost_more(self) -> None:
         steps = [

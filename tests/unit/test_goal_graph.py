@@ -298,9 +298,7 @@ class TestRulesAcrossInputs:
         body = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
         defs = {"x": body, "y": {"$ref": "#/$defs/x"}}
         image = image_of(echo(), capability("take", {"schema": {**schema, "$defs": defs}}))
-        plan = plan_of(
-            envelope(node("A", capability="take", inputs={"a": {"value": 1}})), image
-        )
+        plan = plan_of(envelope(node("A", capability="take", inputs={"a": {"value": 1}})), image)
         assert steps_of(plan)["A", "a"].fit is Fit.SUBSUMED
         assert (("A", "") in steps_of(plan)) is spans
 
@@ -411,9 +409,7 @@ class TestBindingByName:
         assert bindings_of(plan, "B") == {}
 
     def test_an_input_that_breaks_the_facet(self) -> None:
-        (fault,) = faults_of(
-            envelope(node("A", capability="read"), inputs={"document": 1})
-        )
+        (fault,) = faults_of(envelope(node("A", capability="read"), inputs={"document": 1}))
         assert (fault.code, fault.pointer) == ("INPUT_MISMATCH", "/inputs/document")
 
     def test_nothing_gives_it(self) -> None:

@@ -24,12 +24,8 @@ IMAGE = image_of(echo(), READ, WRITE, STALE)
 TEXT = {"document": "text"}
 
 
-def plan_of(
-    made: Envelope, image: RegistryImage = IMAGE, limits: PlanLimits | None = None
-) -> Plan:
-    return plan_envelope(
-        made, image, run_id="r", created_at="now", limits=limits or PlanLimits()
-    )
+def plan_of(made: Envelope, image: RegistryImage = IMAGE, limits: PlanLimits | None = None) -> Plan:
+    return plan_envelope(made, image, run_id="r", created_at="now", limits=limits or PlanLimits())
 
 
 def faults_of(
@@ -95,9 +91,7 @@ class TestGraph:
 
     def test_a_cycle_through_a_binding(self) -> None:
         (fault,) = faults_of(
-            envelope(
-                node("A", inputs={"k": {"value": 1}, "x": {"from": "B"}}), node("B", "A")
-            )
+            envelope(node("A", inputs={"k": {"value": 1}, "x": {"from": "B"}}), node("B", "A"))
         )
         assert codes_of((fault,)) == [("CYCLE", "/goal_graph/nodes/0/inputs/x/from")]
 

@@ -1,0 +1,242 @@
+"""What the `data` of every event type holds: the one place that says it.
+
+The OpenAPI union, the event table in `docs/EVENTS.md` and the tests read these models. The hot path
+builds the same data as plain dicts; a test validates every event of real runs against them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from app.domain.events import BlockReason, EventType, Level
+from app.domain.plan import Author
+from app.domain.run import RunStatus
+
+
+class EventData(BaseModel):
+    """Base of all event data. The first line of each docstring says when the event occurs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorData(EventData):
+    """A stable code and a sentence for people."""
+
+    code: str
+    message: str
+
+
+class FaultData(EventData):
+    """One broken rule and where it is."""
+
+    code: str
+    pointer: str
+    message: str
+    facet: str | None = None
+    node_id: str | None = None
+    capability_id: str | None = None
+
+
+class ValueRef(EventData):
+    """A value over 64 KiB: fetch it from `GET /v1/runs/{id}/nodes/{node_id}/output` or the run."""
+
+    sha256: str
+    bytes: int
+
+
+class RunQueuedData(EventData):
+    """The run was accepted and is durable."""
+
+    objective: str = Field(description="the first 500 characters")
+    lane: str
+    label: str | None = None
+
+
+class RunStartData(EventData):
+    """A worker drives the run for the first time."""
+
+
+class RunRecoveredData(EventData):
+    """A worker took the run over after a lost lease or a hand-over."""
+
+    epoch: int
+    from_worker: str | None = Field(description="who held it; null after an orderly hand-over")
+    called_again: list[str] = Field(description="nodes whose attempt is called again")
+
+
+class PlanRequestedData(EventData):
+    """The planner was asked."""
+
+    attempt: int
+    phase: str = Field(description="initial or replan")
+
+
+class PlanRejectedData(EventData):
+    """A proposed plan was refused, or none can be made."""
+
+    attempt: int
+    phase: str
+    diagnostics: list[FaultData]
+
+
+class PlanNodeData(EventData):
+    """A node of a plan, as far as a watcher needs it."""
+
+    id: str
+    capability_id: str
+    requires: list[str]
+
+
+class PlanGeneratedData(EventData):
+    """A proved plan version is in force."""
+
+    version: int
+    author: Author
+    node_count: int
+    nodes: list[PlanNodeData] | None = Field(None, description="left out over 256 nodes")
+    planning_ms: float | None = None
+
+
+class NodeStartData(EventData):
+    """An attempt of a node is about to be called; this intent is durable before the call."""
+
+    capability_id: str
+    round: int | None = Field(None, description="from 2 on: the node was ordered anew")
+
+
+class NodeDoneData(EventData):
+    """An attempt ended with a result that fits its contract."""
+
+    output: Any = None
+    output_ref: ValueRef | None = None
+    duration_ms: float | None = None
+    decided_by: dict[str, Any] | None = Field(None, description="the operator who supplied it")
+
+
+class NodeFailedData(EventData):
+    """A node gave up: no attempt is left, or a repetition can not help."""
+
+    error: ErrorData
+    duration_ms: float | None = None
+
+
+class NodeRetryData(EventData):
+    """An attempt failed and the node will be tried again, or an operator ordered it anew."""
+
+    delay_ms: int
+    error: ErrorData | None = None
+    duration_ms: float | None = None
+    round: int | None = None
+
+
+class NodeBlockedData(EventData):
+    """A node can not go on by itself."""
+
+    reason: BlockReason
+    error: ErrorData | None = None
+
+
+class ValidationErrorData(EventData):
+    """A value broke its contract."""
+
+    scope: str = Field(description="capability_input, capability_output or final_output")
+    errors: list[FaultData]
+
+
+class RunPausedData(EventData):
+    """Nothing goes on until a human decides."""
+
+    status: RunStatus
+    reason: str
+    nodes: list[str]
+
+
+class RunResumedData(EventData):
+    """An operator's decisions took effect."""
+
+    signal_id: str
+    operator: dict[str, Any] | None
+    note: str | None
+    nodes: dict[str, str]
+
+
+class RunDoneData(EventData):
+    """The run ended; its output fits its contract."""
+
+    output: Any = None
+    output_ref: ValueRef | None = None
+
+
+class RunFailedData(EventData):
+    """The run ended without its output."""
+
+    error: ErrorData
+    failed_nodes: list[str]
+    unknown_outcomes: list[str] | None = None
+    unfinished_nodes: list[str] | None = None
+
+
+class RunCancelledData(EventData):
+    """The run was ended by an operator."""
+
+    by: dict[str, Any] | None = None
+
+
+class LogData(BaseModel):
+    """A capability says something about its work."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+EVENT_DATA: dict[EventType, type[BaseModel]] = {
+    EventType.RUN_QUEUED: RunQueuedData,
+    EventType.RUN_START: RunStartData,
+    EventType.RUN_RECOVERED: RunRecoveredData,
+    EventType.PLAN_REQUESTED: PlanRequestedData,
+    EventType.PLAN_REJECTED: PlanRejectedData,
+    EventType.PLAN_GENERATED: PlanGeneratedData,
+    EventType.NODE_START: NodeStartData,
+    EventType.NODE_DONE: NodeDoneData,
+    EventType.NODE_FAILED: NodeFailedData,
+    EventType.NODE_RETRY: NodeRetryData,
+    EventType.NODE_BLOCKED: NodeBlockedData,
+    EventType.VALIDATION_ERROR: ValidationErrorData,
+    EventType.RUN_PAUSED: RunPausedData,
+    EventType.RUN_RESUMED: RunResumedData,
+    EventType.RUN_DONE: RunDoneData,
+    EventType.RUN_FAILED: RunFailedData,
+    EventType.RUN_CANCELLED: RunCancelledData,
+    EventType.LOG: LogData,
+}
+
+
+class EventShape(BaseModel):
+    """What all events have in common."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seq: int = Field(ge=1)
+    run_id: str
+    ts: str = Field(description="RFC 3339, UTC, ms")
+    level: Level
+    node_id: str | None = None
+    attempt: int | None = None
+    plan_version: int | None = None
+    trace_id: str
+
+
+def event_models() -> dict[EventType, type[BaseModel]]:
+    """One model a type: the common fields, its `type` as a constant, and its data."""
+    found: dict[EventType, type[BaseModel]] = {}
+    for event_type, data in EVENT_DATA.items():
+        name = "".join(part.capitalize() for part in event_type.split("_"))
+        found[event_type] = create_model(
+            name,
+            __base__=EventShape,
+            __doc__=(data.__doc__ or "").splitlines()[0],
+            type=(Literal[event_type.value], ...),
+            data=(data, ...),
+        )
+    return found
