@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,7 +85,7 @@ async def _read(reader: asyncio.StreamReader, connection: int) -> Exchange:
 
 
 @contextlib.asynccontextmanager
-async def far_side() -> AsyncIterator[FarSide]:
+async def far_side(tls: ssl.SSLContext | None = None) -> AsyncIterator[FarSide]:
     """A server for the time of the block; hanging behaviours end with it."""
     side = FarSide()
     tasks: set[asyncio.Task[None]] = set()
@@ -92,7 +95,7 @@ async def far_side() -> AsyncIterator[FarSide]:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls)
     side.port = server.sockets[0].getsockname()[1]
     try:
         yield side
@@ -124,12 +127,16 @@ def answer(
 
 
 def raw(data: bytes, *, reset: bool = False) -> Behaviour:
-    """These bytes, then the end of the connection: at once if `reset`, else in good order."""
+    """These bytes, then the end of the connection: by RST if `reset`, else in good order."""
 
     async def behave(writer: asyncio.StreamWriter, exchange: Exchange) -> None:
         writer.write(data)
         await writer.drain()
-        if not reset:
+        if reset:
+            linger = struct.pack("ii", 1, 0)
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        else:
             writer.write_eof()
             await exchange.reader.read()
         raise ConnectionError

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from app.api.errors import RequestTimeout, UnsupportedMediaType, malformed_json
 from app.api.faults import faults_of_validation
+from app.api.inline import inlined_schema
 from app.domain.errors import TooLarge, Unprocessable
 from app.kit.json_gate import JsonRefused, parse_json
 
@@ -79,27 +80,6 @@ def documented_body(model: type[BaseModel], example: Any = None) -> dict[str, An
     if example is not None:
         media["example"] = example
     return {"requestBody": {"required": True, "content": {"application/json": media}}}
-
-
-def inlined_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON Schema of a model without references, for places where FastAPI resolves none."""
-    schema = model.model_json_schema()
-    definitions = schema.pop("$defs", {})
-    inlined: dict[str, Any] = _inline(schema, definitions)
-    return inlined
-
-
-def _inline(node: Any, definitions: dict[str, Any]) -> Any:
-    if isinstance(node, list):
-        return [_inline(item, definitions) for item in node]
-    if not isinstance(node, dict):
-        return node
-    reference = node.get("$ref")
-    if isinstance(reference, str):
-        beside = {key: item for key, item in node.items() if key != "$ref"}
-        return _inline({**definitions[reference.removeprefix("#/$defs/")], **beside}, definitions)
-    # A discriminator maps to references; the members' constants say the same.
-    return {key: _inline(item, definitions) for key, item in node.items() if key != "discriminator"}
 
 
 async def _receive(request: Request) -> tuple[bytes, bool]:

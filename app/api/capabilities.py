@@ -44,10 +44,10 @@ async def list_capabilities(
         capability_id, version = decode_cursor(cursor, parts=2)
         after = (capability_id, version)
     page, last = await registry.page(tenant, after=after, limit=limit, status=status)
-    facets = registry.image(tenant).facets
+    facets = registry.facets(tenant)
     return CapabilityList(
         capabilities=[capability_view(capability, facets) for capability in page],
-        next_cursor=None if last is None else encode_cursor(*last),
+        next_cursor=None if last is None else encode_cursor(last),
     )
 
 
@@ -76,7 +76,7 @@ async def register_capability(request: Request, response: Response) -> Capabilit
     capability, is_new = await services.registry.register(tenant, registration)
     response.status_code = 201 if is_new else 200
     response.headers["Location"] = f"/v1/capabilities/{capability.capability_id}"
-    return capability_view(capability, services.registry.image(tenant).facets)
+    return capability_view(capability, services.registry.facets(tenant))
 
 
 @router.get(
@@ -90,7 +90,7 @@ async def get_capability(
 ) -> CapabilityResource:
     registry, tenant = services_of(request).registry, tenant_of(request)
     capability = await registry.get(tenant, capability_id, version)
-    return capability_view(capability, registry.image(tenant).facets)
+    return capability_view(capability, registry.facets(tenant))
 
 
 @router.post(
@@ -105,4 +105,4 @@ async def beat_capability(
 ) -> CapabilityResource:
     registry, tenant = services_of(request).registry, tenant_of(request)
     capability = await registry.heartbeat(tenant, capability_id, version)
-    return capability_view(capability, registry.image(tenant).facets)
+    return capability_view(capability, registry.facets(tenant))

@@ -29,7 +29,7 @@ async def compile_contracts(request: Request) -> CompiledContracts:
     body = await read_json_model(request, CompileBody, services.settings.envelope_bytes_max)
     await services.registry.refresh()
     compiled = services.registry.compile(tenant, body.input_contract, body.output_contract)
-    facets = services.registry.image(tenant).facets
+    facets = services.registry.facets(tenant)
     return CompiledContracts(
         input=contract_view(compiled[0], facets), output=contract_view(compiled[1], facets)
     )

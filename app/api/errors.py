@@ -27,6 +27,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from app.api.faults import faults_of_validation
+from app.api.inline import inlined_schema
 from app.domain.errors import (
     BadInput,
     Conflict,
@@ -75,6 +76,9 @@ class Problem(BaseModel):
     code: str = Field(description="Stable: programs may branch on it.")
     errors: list[FaultShape]
     trace_id: str | None = Field(None, description="The trace of the request, as in the logs.")
+
+
+_PROBLEM_SCHEMA = inlined_schema(Problem)
 
 
 class UnsupportedMediaType(FlexrunError):
@@ -135,7 +139,7 @@ def PROBLEMS(*statuses: int) -> dict[int | str, dict[str, Any]]:
             "description": f"{_TITLE_OF_STATUS[status]}.",
             "content": {
                 MEDIA_TYPE: {
-                    "schema": {"$ref": "#/components/schemas/Problem"},
+                    "schema": _PROBLEM_SCHEMA,
                     "example": _example(status),
                 }
             },
@@ -156,7 +160,9 @@ def problem(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """A problem response; `extra` members never replace the standard ones."""
-    body = {**(extra or {}), **_body(status, code, title, detail, faults)}
+    body = _body(status, code, title, detail, faults)
+    for name, value in (extra or {}).items():
+        body.setdefault(name, value)
     if trace_id is not None:
         body["trace_id"] = trace_id
     return Response(
@@ -218,9 +224,8 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _client_left)
+    # Raised again after it was answered, so the server logs it a second time, without trace id.
     app.add_exception_handler(Exception, _unexpected)
-    # The handler of Exception sits outside and raises again, so that the server logs a second
-    # time. Its base class is looked up in the inner layer, which ends there.
 
 
 def trace_id_of(request: Request) -> str | None:

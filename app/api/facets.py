@@ -27,13 +27,13 @@ async def list_facets(
 ) -> FacetList:
     registry = services_of(request).registry
     await registry.refresh()
-    facets = registry.image(tenant_of(request)).facets
+    facets = registry.facets(tenant_of(request))
     names = sorted(facets)
     start = 0 if cursor is None else bisect_right(names, decode_cursor(cursor)[0])
     page = names[start : start + limit]
     return FacetList(
         facets=[facet_view(facets[name]) for name in page],
-        next_cursor=encode_cursor(page[-1]) if start + limit < len(names) else None,
+        next_cursor=encode_cursor((page[-1],)) if start + limit < len(names) else None,
     )
 
 
@@ -63,7 +63,7 @@ async def put_facet(request: Request, response: Response) -> FacetResource:
     "/v1/facets/{name}",
     summary="One facet",
     response_model=FacetResource,
-    responses=PROBLEMS(404, 503),
+    responses=PROBLEMS(404, 422, 503),
 )
 async def get_facet(request: Request, name: str) -> FacetResource:
     return facet_view(await services_of(request).registry.facet(tenant_of(request), name))

@@ -21,7 +21,7 @@ Limit = Annotated[
 Cursor = Annotated[str | None, Query(description="`next_cursor` of the page before.")]
 
 
-def encode_cursor(*key: str) -> str:
+def encode_cursor(key: tuple[str, ...]) -> str:
     """The key of the last entry shown, as base64url without padding."""
     return base64.urlsafe_b64encode(orjson.dumps(key)).rstrip(b"=").decode()
 

@@ -14,7 +14,8 @@ from app.domain.capability import Effect
 from app.domain.errors import Fault
 from app.domain.events import BlockReason, Event, EventType, Level, error_data
 from app.domain.plan import PlanNode
-from app.domain.run import RunStatus
+from app.domain.ready import ready_set
+from app.domain.run import NodeStatus, RunStatus
 from app.domain.state import CapabilityKey, NodeState, RunState
 
 
@@ -22,8 +23,8 @@ from app.domain.state import CapabilityKey, NodeState, RunState
 class RunLimits:
     """What bounds a run from outside its state. Times are ms; `deadline_ms` counts from acceptance.
 
-    `free_slots` says how many calls of a limited capability this process may still start; a
-    capability that is not named has no limit.
+    `free_slots` says how many calls of a limited capability this process may still start; one that
+    is not named has none. Capabilities without a limit of their own do not look there.
     """
 
     max_parallel: int
@@ -82,7 +83,7 @@ def _deadline_exceeded(state: RunState) -> Event:
         {
             "error": error_data("deadline_exceeded", "The run's deadline passed before it was done."),
             "failed_nodes": list(state.failed),
-            "unfinished_nodes": [*state.running, *state.waiting, *state.ready],
+            "unfinished_nodes": [*state.running, *state.waiting, *ready_set(state)],
         },
         level=Level.ERROR,
     )
@@ -104,7 +105,8 @@ def _block_dependants(state: RunState, decision: Decision) -> None:
             )
         )
         for child_id in state.plan.children[node_id]:
-            if child_id not in seen:
+            # One that an earlier failure blocked already is still a child of this one.
+            if child_id not in seen and state.nodes[child_id].status is NodeStatus.PENDING:
                 seen.add(child_id)
                 stack.append(child_id)
 

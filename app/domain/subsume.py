@@ -33,9 +33,12 @@ from app.domain.schema_keywords import (
 from app.domain.schema_shape import Schema, has_reference, referenced, standing_alone
 from app.kit.json_pointer import escape, is_index, tokens
 
+__all__ = ["Located", "Verdict", "lookup", "subsumes"]
+
 # Schemas that branch against each other multiply; past this much work the answer is "undecided".
 STEPS_MAX = 2_000
 DEPTH_MAX = 40
+BRANCHES_MAX = 2_000
 VALUES_MAX = 500
 
 
@@ -79,7 +82,7 @@ def lookup(schema: Schema, pointer: str) -> Located:
     """
     found = Located("found", schema, is_guaranteed=True)
     for token in tokens(pointer):
-        below = _step(schema, found.schema, token, _Budget(STEPS_MAX))
+        below = _step(schema, found.schema, token, BRANCHES_MAX)
         if below.outcome == "absent":
             return below
         sure = found.is_guaranteed and below.is_guaranteed
@@ -87,26 +90,18 @@ def lookup(schema: Schema, pointer: str) -> Located:
     return found
 
 
-@dataclass(slots=True)
-class _Budget:
-    """How many more schemas may be looked at."""
-
-    left: int
-
-
-def _step(root: Schema, schema: Schema, token: str, budget: _Budget) -> Located:
-    """One step down: an object's property or an array's item."""
-    budget.left -= 1
+def _step(root: Schema, schema: Schema, token: str, budget: int) -> Located:
+    """One step down: an object's property or an array's item. `budget`: branches to look at."""
     facts = gather(root, schema)
     types = facts.types & ({"object", "array"} if is_index(token) else {"object"})
     if facts.is_never or not types:
         return Located("absent", False, is_guaranteed=False)
     found = _member(facts, token, types)
-    for branches in facts.unions:
-        # Without the budget to look at all branches the union says nothing: that is sound.
-        if len(branches) <= budget.left:
-            below = [_step(root, branch, token, budget) for branch in branches]
-            found = _both(found, below)
+    # Halved at every level, so that a union of itself ends soon too.
+    share = budget // max(2 * sum(map(len, facts.unions)), 1)
+    # Without the budget to look at its branches a union says nothing: that is sound.
+    for branches in facts.unions if share else ():
+        found = _both(found, [_step(root, branch, token, share) for branch in branches])
     return found
 
 
@@ -150,6 +145,7 @@ class _Search:
         if self._steps > STEPS_MAX or depth > DEPTH_MAX:
             return Verdict("undecided", "the schemas are too intricate to compare", at)
         facts = gather(self._specific, specific)
+        self._steps += len(facts.conjuncts) // 4
         if general is True or facts.is_never or self._are_equal(general, specific):
             return YES
         if general is False:
@@ -220,8 +216,7 @@ class _Search:
         if not live:
             wanted, given = _listed(allowed), _listed(facts.types)
             yield Verdict("no", f"wants {wanted}, gets {given}", at)
-            return
-        if not facts.types <= allowed:
+        elif not facts.types <= allowed:
             yield Verdict("undecided", f"may be {_listed(facts.types - allowed)}", at)
         place = Place(general, facts, at, depth)
         for keyword, value in general.items():

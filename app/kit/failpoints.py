@@ -29,7 +29,6 @@ FAILPOINTS = (
     "call.inline_before",
     "call.inline_after",
     "outcome.before_judged",
-    "retry.after_record",
     "park.before_record",
     "park.after_record",
     "signal.before_commit",

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -55,12 +57,8 @@ class JsonRefused(ValueError):
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                shown = ascii(key[:80])
-                raise JsonRefused("JSON_DUPLICATE_KEY", f"the key {shown} stands twice")
-            seen.add(key)
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise JsonRefused("JSON_DUPLICATE_KEY", f"the key {twice[:80]!a} is there twice")
     return found
 
 
@@ -104,51 +102,60 @@ def parse_json(body: bytes, *, limits: JsonLimits = DEFAULT_LIMITS) -> Any:
     try:
         value = orjson.loads(body)
     except ValueError:
-        value = _decode_carefully(body)
-    else:
-        if _may_hide_something(body, value):
-            value = _decode_carefully(body)
-    # Every nested value has an opening bracket, so few of them prove that it is not deep.
-    if body.count(b"[") + body.count(b"{") > limits.depth_max or b"\\u" in body:
-        check_value(value, limits=limits)
-    return value
+        return _judged(body, limits)
+    keys, depth = _keys_and_depth(value)
+    if depth > limits.depth_max:
+        raise JsonRefused("JSON_TOO_DEEP", _DEEPER)
+    return _judged(body, limits) if _may_hide_something(body, keys) else value
 
 
 _DIGITS_ALIKE = bytes.maketrans(b"0123456789", b"0" * 10)
+_NUL_OR_HALF_A_PAIR = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 
 
-def _may_hide_something(body: bytes, value: Any) -> bool:
-    """Whether the text may hold a long integer or a duplicate key that is not in the value.
+def _may_hide_something(body: bytes, keys: int) -> bool:
+    """Whether the text may hold a long integer, a NUL, or more keys than the value has.
 
     Without white space every key is followed by `":`. Strings can hold that too, so the count may
     be too high, never too low: when it equals the keys of the value, no key was dropped.
     """
     if b"0" * 16 in body.translate(_DIGITS_ALIKE):
         return True
-    return body.translate(None, b" \t\r\n").count(b'":') != _keys_count(value)
+    if b"\\u" in body and _NUL_OR_HALF_A_PAIR.search(body):
+        return True
+    return body.translate(None, b" \t\r\n").count(b'":') != keys
 
 
-def _keys_count(value: Any) -> int:
-    count = 0
-    stack: list[Any] = [value] if type(value) is dict or type(value) is list else []
-    while stack:
-        found: Any = stack.pop()
-        if type(found) is dict:
-            count += len(found)
-            found = found.values()
-        stack += [item for item in found if type(item) is dict or type(item) is list]
-    return count
+def _keys_and_depth(value: Any) -> tuple[int, int]:
+    """How many keys all objects of a value have together, and how deep it is nested."""
+    keys = depth = 0
+    level: list[Any] = [value] if type(value) is dict or type(value) is list else []
+    while level:
+        depth += 1
+        below = []
+        for found in level:
+            if type(found) is dict:
+                keys += len(found)
+                found = found.values()
+            for item in found:
+                kind = type(item)
+                if kind is dict or kind is list:
+                    below.append(item)
+        level = below
+    return keys, depth
 
 
-def _decode_carefully(body: bytes) -> Any:
+def _judged(body: bytes, limits: JsonLimits) -> Any:
     try:
-        return _careful.decode(body.decode())
+        value = _careful.decode(body.decode())
     except JsonRefused:
         raise
     except RecursionError:
         raise JsonRefused("JSON_TOO_DEEP", _DEEPER) from None
     except ValueError as error:
         raise _unreadable(body, error) from None
+    check_value(value, limits=limits)
+    return value
 
 
 def _unreadable(body: bytes, error: ValueError) -> JsonRefused:

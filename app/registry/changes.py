@@ -43,13 +43,13 @@ async def register(
 ) -> tuple[Loaded, Registered]:
     """See `Registry.register`."""
     key = (registration.capability_id, registration.version)
-    known = loaded.image.capabilities.get(key)
+    known = loaded.capabilities.get(key)
     if known is not None and _is_builtin(known.registration) and not _is_builtin(registration):
         raise Conflict(
             f"{key[0]} {key[1]} comes with the program; register another version or id.",
             code="capability_is_builtin",
         )
-    capability = compile_registration(registration, loaded.image.facets, datetime.now(UTC))
+    capability = compile_registration(registration, loaded.facets, datetime.now(UTC))
     if faults := check(capability):
         raise Unprocessable(
             "The registration can not be run.", code="registration_invalid", faults=faults
@@ -57,7 +57,7 @@ async def register(
     body = registration.model_dump_json()
     row = await change.put_capability(*key, body, _silence_max(registration))
     is_same = known is not None and is_active(known) and loaded.bodies.get(key) == body
-    revision = loaded.image.revision if is_same else await change.bump()
+    revision = loaded.revision if is_same else await change.bump()
     capability = seen(capability, row)
     answer = Registered(capability, is_new=key not in loaded.bodies)
     return loaded.with_capability(revision, capability, body), answer
@@ -78,7 +78,7 @@ async def put_facet(
     change: RegistryChange, loaded: Loaded, check: Check, facet: Facet
 ) -> tuple[Loaded, FacetStored]:
     """See `Registry.put_facet`."""
-    known = loaded.image.facets.get(facet.name)
+    known = loaded.facets.get(facet.name)
     if known == facet:
         return loaded, FacetStored(facet, is_new=False)
     if known is not None and known.version == facet.version:
@@ -86,7 +86,7 @@ async def put_facet(
             f"Facet {facet.name} {facet.version} has another body; give it a new version.",
             code="facet_version_conflict",
         )
-    if faults := _unknown_dependencies(facet, loaded.image.facets):
+    if faults := _unknown_dependencies(facet, loaded.facets):
         raise Unprocessable(
             "The facet depends on unknown facets.", code="facet_invalid", faults=faults
         )
@@ -126,7 +126,7 @@ async def seed(
     wanted = facets_to_seed(loaded, facets)
     for facet in wanted:
         await change.put_facet(facet.name, facet.model_dump_json())
-    catalog = {**loaded.image.facets, **{facet.name: facet for facet in wanted}}
+    catalog = {**loaded.facets, **{facet.name: facet for facet in wanted}}
     fitting = [
         registration
         for registration in registrations_to_seed(loaded, registrations)

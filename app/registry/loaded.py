@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 
 from pydantic import ValidationError
 
@@ -23,33 +24,37 @@ Check = Callable[[Capability], list[Fault]]
 """What is wrong with a registration's config; see `CapabilityAdapter.check`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Loaded:
-    """One revision in memory.
+    """One revision in memory; stored revisions start at 1, 0 is before anything was loaded.
 
     `bodies` are the stored texts of all capabilities, also of those left out. `refused` can not be
     run by this process, so the image shows them as inactive. `skipped` were left out, with reasons.
     """
 
-    image: RegistryImage
+    revision: int = 0
+    facets: Mapping[str, Facet] = field(default_factory=dict)
+    capabilities: Mapping[CapabilityKey, Capability] = field(default_factory=dict)
     facet_bodies: Mapping[str, str] = field(default_factory=dict)
     bodies: Mapping[CapabilityKey, str] = field(default_factory=dict)
     refused: frozenset[CapabilityKey] = frozenset()
     skipped: Mapping[CapabilityKey, list[Fault]] = field(default_factory=dict)
 
+    @cached_property
+    def image(self) -> RegistryImage:
+        """Built when it is first asked for: a hundred registrations in a row build one."""
+        return RegistryImage.build(self.revision, self.facets.values(), self.capabilities.values())
+
     def with_capability(self, revision: int, capability: Capability, body: str) -> Loaded:
         """The next revision, in which one capability was registered or registered again."""
         key = capability.key
-        return Loaded(
-            RegistryImage.build(
-                revision,
-                self.image.facets.values(),
-                [*self.image.capabilities.values(), capability],
-            ),
-            self.facet_bodies,
-            {**self.bodies, key: body},
-            self.refused - {key},
-            {other: faults for other, faults in self.skipped.items() if other != key},
+        return replace(
+            self,
+            revision=revision,
+            capabilities={**self.capabilities, key: capability},
+            bodies={**self.bodies, key: body},
+            refused=self.refused - {key},
+            skipped={other: faults for other, faults in self.skipped.items() if other != key},
         )
 
     def has(self, row: CapabilityRow) -> bool:
@@ -58,12 +63,11 @@ class Loaded:
 
     def capability_of(self, row: CapabilityRow) -> Capability | None:
         """The capability with the status and the times of a row; None when it is not known."""
-        known = self.image.capabilities.get(row.key)
+        known = self.capabilities.get(row.key)
         return None if known is None else seen(known, row, is_refused=row.key in self.refused)
 
 
-NOTHING = Loaded(RegistryImage.build(0, (), ()))
-"""Before anything was loaded or registered. Stored revisions start at 1."""
+NOTHING = Loaded()
 
 
 def read_rows(rows: RegistryRows, earlier: Loaded, check: Check) -> Loaded:
@@ -78,7 +82,7 @@ def read_rows(rows: RegistryRows, earlier: Loaded, check: Check) -> Loaded:
         for name in rows.facets.keys() | earlier.facet_bodies.keys()
         if rows.facets.get(name) != earlier.facet_bodies.get(name)
     }
-    found: list[Capability] = []
+    found: dict[CapabilityKey, Capability] = {}
     refused: set[CapabilityKey] = set()
     skipped: dict[CapabilityKey, list[Fault]] = {}
     for row in rows.capabilities:
@@ -93,13 +97,15 @@ def read_rows(rows: RegistryRows, earlier: Loaded, check: Check) -> Loaded:
         else:
             if is_refused:
                 refused.add(row.key)
-            found.append(seen(capability, row, is_refused=is_refused))
+            found[row.key] = seen(capability, row, is_refused=is_refused)
     return Loaded(
-        RegistryImage.build(rows.revision, facets.values(), found),
-        rows.facets,
-        {row.key: row.body for row in rows.capabilities},
-        frozenset(refused),
-        skipped,
+        revision=rows.revision,
+        facets=facets,
+        capabilities=found,
+        facet_bodies=rows.facets,
+        bodies={row.key: row.body for row in rows.capabilities},
+        refused=frozenset(refused),
+        skipped=skipped,
     )
 
 
@@ -170,7 +176,7 @@ def _again(
     row: CapabilityRow, earlier: Loaded, changed_facets: set[str]
 ) -> tuple[Capability, bool] | None:
     """The capability as it was compiled before, and whether it was refused; None if it changed."""
-    known = earlier.image.capabilities.get(row.key)
+    known = earlier.capabilities.get(row.key)
     if known is None or earlier.bodies.get(row.key) != row.body:
         return None
     if not changed_facets.isdisjoint(_facets_of(known.registration)):
@@ -187,7 +193,7 @@ def _anew(row: CapabilityRow, facets: Mapping[str, Facet], check: Check) -> tupl
 def _facet_of(name: str, body: str, earlier: Loaded) -> Facet | None:
     """None for a body that is not understood: whoever needs the facet is skipped by name."""
     if earlier.facet_bodies.get(name) == body:
-        return earlier.image.facets.get(name)
+        return earlier.facets.get(name)
     try:
         return Facet.model_validate_json(body)
     except ValidationError:

@@ -78,6 +78,10 @@ class Registry:
         """
         return self._of(tenant_id).image
 
+    def facets(self, tenant_id: str) -> Mapping[str, Facet]:
+        """The catalog by name. No I/O."""
+        return self._of(tenant_id).facets
+
     async def start(self) -> None:
         """Load, then look after refresh and expiry until `close`. Raises `Unavailable`."""
         await self.refresh()
@@ -95,7 +99,7 @@ class Registry:
     async def refresh(self) -> None:
         """Load what other processes have changed; one small query when nothing did."""
         for pulse in await self._store.pulses():
-            if pulse.revision != self.image(pulse.tenant_id).revision:
+            if pulse.revision != self._of(pulse.tenant_id).revision:
                 await self._reload(pulse.tenant_id)
 
     async def sweep(self) -> list[CapabilityKey]:
@@ -104,7 +108,7 @@ class Registry:
         for pulse in await self._store.pulses():
             if pulse.has_expired:
                 expired += await self._change(pulse.tenant_id, changes.expire)
-            elif pulse.revision != self.image(pulse.tenant_id).revision:
+            elif pulse.revision != self._of(pulse.tenant_id).revision:
                 await self._reload(pulse.tenant_id)
         return expired
 
@@ -116,7 +120,7 @@ class Registry:
         """
         loaded = self._of(tenant_id)
         key = (registration.capability_id, registration.version)
-        known = loaded.image.capabilities.get(key)
+        known = loaded.capabilities.get(key)
         body = registration.model_dump_json()
         if known is not None and changes.is_active(known) and loaded.bodies.get(key) == body:
             row = await self._store.beat(tenant_id, *key, body=body)
@@ -186,10 +190,10 @@ class Registry:
 
     async def facet(self, tenant_id: str, name: str) -> Facet:
         """One facet; asks Postgres once when it is not known here. Raises `NotFound`."""
-        found = self.image(tenant_id).facets.get(name)
+        found = self._of(tenant_id).facets.get(name)
         if found is None:
             await self.refresh()
-            found = self.image(tenant_id).facets.get(name)
+            found = self._of(tenant_id).facets.get(name)
         if found is None:
             raise NotFound(f"There is no facet {name[:120]!r}.", code="facet_not_found")
         return found
@@ -204,7 +208,7 @@ class Registry:
 
         Raises `ContractError` with pointers under /input_contract and /output_contract.
         """
-        return compile_sides(input_contract, output_contract, self.image(tenant_id).facets)
+        return compile_sides(input_contract, output_contract, self._of(tenant_id).facets)
 
     async def seed(
         self,
@@ -233,7 +237,7 @@ class Registry:
         async with self._changing:
             async with self._store.change(tenant_id) as change:
                 loaded = self._of(tenant_id)
-                if change.revision != loaded.image.revision:
+                if change.revision != loaded.revision:
                     loaded = read_rows(await change.rows(), loaded, self._check)
                 after, answer = await work(change, loaded, self._check)
             self._show(tenant_id, after)
@@ -243,7 +247,7 @@ class Registry:
         async with self._changing:
             rows = await self._store.load(tenant_id)
             loaded = self._of(tenant_id)
-            if rows is not None and rows.revision != loaded.image.revision:
+            if rows is not None and rows.revision != loaded.revision:
                 self._show(tenant_id, read_rows(rows, loaded, self._check))
 
     def _of(self, tenant_id: str) -> Loaded:

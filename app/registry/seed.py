@@ -28,7 +28,7 @@ def facets_to_seed(loaded: Loaded, facets: Iterable[Facet]) -> list[Facet]:
     found = []
     for given in facets:
         facet = Facet.model_validate_json(given.model_dump_json())
-        known = loaded.image.facets.get(facet.name)
+        known = loaded.facets.get(facet.name)
         if known is None or _replaces(facet, known):
             found.append(facet)
     return found
@@ -43,7 +43,7 @@ def registrations_to_seed(
         key = (registration.capability_id, registration.version)
         if loaded.bodies.get(key) == registration.model_dump_json():
             continue
-        known = loaded.image.capabilities.get(key)
+        known = loaded.capabilities.get(key)
         if known is not None and known.registration.kind is not registration.kind:
             log.warning("builtin %s %s is registered as another kind: it stays", *key)
             continue

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
 
@@ -14,13 +15,15 @@ from app.domain.contract import compile_contract
 from app.ports import Call, CallFailed
 from tests.capability_samples import call_of, compiled, http_capability
 
+F = TypeVar("F", bound=Callable[[Call], Any])
+
 ANY: dict[str, Any] = {"type": "object"}
 
 
 def sample_pack() -> Pack:
     pack = Pack("sample")
 
-    def named(capability_id: str, **more: Any) -> Any:
+    def named(capability_id: str, **more: Any) -> Callable[[F], F]:
         return pack.capability(
             capability_id=capability_id,
             version="1",

@@ -68,7 +68,9 @@ def test_a_facet_takes_its_semantics_whole_too() -> None:
     body = {"name": "a", "title": "A", "schema": {}, "semantics": {"instruction": "x", "no": 1}}
     with pytest.raises(ValidationError, match="no"):
         Facet.model_validate(body)
-    assert Facet.model_validate(body | {"semantics": {"instruction": "x"}}).semantics.summary is None
+    assert (
+        Facet.model_validate(body | {"semantics": {"instruction": "x"}}).semantics.summary is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,9 +151,9 @@ def found_score() -> Facet:
 
 
 def test_equal_schemas_have_equal_hashes_whatever_the_order() -> None:
-    one = compile_contract(JsonSchemaContract(schema={"a": 1, "b": 2}), "input", {}, "")
-    two = compile_contract(JsonSchemaContract(schema={"b": 2, "a": 1}), "input", {}, "")
-    three = compile_contract(JsonSchemaContract(schema={"b": 3, "a": 1}), "input", {}, "")
+    one = compile_contract(JsonSchemaContract(json_schema={"a": 1, "b": 2}), "input", {}, "")
+    two = compile_contract(JsonSchemaContract(json_schema={"b": 2, "a": 1}), "input", {}, "")
+    three = compile_contract(JsonSchemaContract(json_schema={"b": 3, "a": 1}), "input", {}, "")
     assert one.sha256 == two.sha256 != three.sha256
 
 
@@ -208,7 +210,7 @@ def test_a_whole_schema_declares_its_top_level_properties() -> None:
         "required": ["a"],
         "additionalProperties": False,
     }
-    found = compile_contract(JsonSchemaContract(schema=schema), "input", {}, "")
+    found = compile_contract(JsonSchemaContract(json_schema=schema), "input", {}, "")
     assert found.required == ("a",)
     assert found.properties["a"].title == "The a"
     assert found.properties["b"].title is None
@@ -244,7 +246,7 @@ def test_a_whole_schema_declares_its_top_level_properties() -> None:
 def test_what_a_whole_schema_says_of_itself(
     schema: dict[str, Any], keys: list[str], open_keys: bool, trivial: bool
 ) -> None:
-    found = compile_contract(JsonSchemaContract(schema=schema), "input", {}, "")
+    found = compile_contract(JsonSchemaContract(json_schema=schema), "input", {}, "")
     assert list(found.properties) == keys
     assert found.accepts_any_key is open_keys
     assert found.is_trivial is trivial
@@ -255,7 +257,7 @@ def test_what_a_whole_schema_says_of_itself(
 def test_a_broken_schema_is_refused_with_its_place() -> None:
     with pytest.raises(ContractError) as caught:
         compile_contract(
-            JsonSchemaContract(schema={"properties": {"a": {"type": "strin"}}}),
+            JsonSchemaContract(json_schema={"properties": {"a": {"type": "strin"}}}),
             "output",
             {},
             "/output_contract",

@@ -56,7 +56,7 @@ def test_the_examples_of_the_rfc(pointer: str, value: Any) -> None:
         "/foo/-1",
         "/foo/1e0",
         "/foo/+1",
-        "/foo/٠",
+        "/foo/\u0660",
         "/foo/99999999999999999999",
         "/nope",
         "/foo/0/x",

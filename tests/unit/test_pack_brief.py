@@ -133,7 +133,8 @@ async def test_invented_sentences_and_facts_are_dropped() -> None:
 
 
 async def test_a_draft_without_any_support_fails_the_node() -> None:
-    draft = await draft_of({"text": "# Other\n\nA quite different text is about the sea and fish."})
+    other = "# Other\n\nA quite different text is about the sea and fish."
+    draft = await draft_of({"text": other})
     with pytest.raises(CallFailed) as caught:
         await checked(DOCUMENT, draft)
     assert caught.value.code == "brief_ungrounded"
@@ -150,9 +151,9 @@ async def test_the_brief_of_one_word() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "# T\r\n\r\nThe first line of the text goes on\r\nover the line end, and then it stops.\r\n",
+        "# T\r\n\r\nThe first line of a text goes on\r\nover the line end, and then it stops.\r\n",
         "> The first line of the quoted text goes on\n> over the line end, and then it stops.\n",
-        "- The first line of the item in a list goes\n  on over the line end, and then stops.\n",
+        "- The first line of an item in a list goes\n  on over the line end and then stops.\n",
         "A line with an entity &amp; a <b>tag</b> that the reader never sees in the text.\n",
         "A line that ends hard  \nand goes on with a backslash\\\nbefore it comes to its end.\n",
     ],

@@ -130,8 +130,32 @@ def test_front_matter_makes_no_heading() -> None:
 
 LINES = st.lists(
     st.sampled_from(
-        ["# A", "## B b", "text.", "", "```", "~~~", "- item", "> quote", "===", "---", "CAPS"]
-        + ["    code", "\t# tab", "1. one", "| a | b |", "|-|-|", "<div>", "\f", "\x0b", "é\u2028x"]
+        [
+            *(
+                "# A",
+                "## B b",
+                "text.",
+                "",
+                "```",
+                "~~~",
+                "- item",
+                "> quote",
+                "===",
+                "---",
+                "CAPS",
+            ),
+            *(
+                "    code",
+                "\t# tab",
+                "1. one",
+                "| a | b |",
+                "|-|-|",
+                "<div>",
+                "\f",
+                "\x0b",
+                "\u2028x",
+            ),
+        ]
     ),
     max_size=30,
 )

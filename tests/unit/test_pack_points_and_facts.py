@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from snowballstemmer import stemmer  # type: ignore[import-untyped]
 
 from app.adapters.capabilities.facts import facts_of
 from app.adapters.capabilities.key_points import key_points_of
 from app.adapters.capabilities.outline import outline_of
 from app.adapters.capabilities.pack_documents import DOCUMENTS_PACK
-from app.adapters.capabilities.ranking import rank
+from app.adapters.capabilities.ranking import rank, terms_of
 from app.adapters.capabilities.sentences import sentences_of
 from tests.capability_samples import run_builtin
 
@@ -107,9 +110,19 @@ def test_cutting(text: str, expected: int) -> None:
 
 PIECES = st.lists(
     st.sampled_from(
-        ["The *cat* sat on a mat. ", "See [it](http://x.y/z). ", "`a. B` ", "\n", "\n\n", "- ", "> "]
-        + ["  ", "# H\n", "1. ", "```\n", "\r\n", "e.g. ", "\\", "<b>t</b> ", "|a|b|\n", "&amp; "]
-        + ["It is 2027-01-02 and 3 MB. ", "A\u0308 ", "\U0001f600 ", "**Foo Bar** ", "\t", "a@b.org "]
+        [
+            *(
+                "The *cat* sat on a mat. ",
+                "See [it](http://x.y/z). ",
+                "`a. B` ",
+                "\n",
+                "\n\n",
+                "- ",
+            ),
+            *("> ", "  ", "# H\n", "1. ", "```\n", "\r\n", "e.g. ", "\\", "<b>t</b> ", "|a|b|\n"),
+            *("&amp; ", "It is 2027-01-02 and 3 MB. ", "A\u0308 ", "\U0001f600 ", "**Foo Bar** "),
+            *("\t", "a@b.org "),
+        ]
     ),
     max_size=25,
 )
@@ -171,9 +184,9 @@ async def test_facts_of_the_article() -> None:
     ],
 )
 def test_normal_forms(text: str, kind: str, value: str) -> None:
-    assert [(fact["kind"], fact["value"]) for fact in facts_of(text, outline(text)["sections"])] == [
-        (kind, value)
-    ]
+    assert [
+        (fact["kind"], fact["value"]) for fact in facts_of(text, outline(text)["sections"])
+    ] == [(kind, value)]
 
 
 @pytest.mark.parametrize("text", ["see 3.1 and 12", "at 10.0.0.1", "`42 ms`", "```\n42 ms\n```\n"])
@@ -204,3 +217,22 @@ def test_rank_drops_repetitions_and_keeps_the_order_of_ties() -> None:
     assert 1 not in chosen
     assert len(chosen) == 3
     assert rank(texts, [0.0] * 4, 10) == []
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    """Sync builtins run in threads side by side, and a stemmer keeps its word in itself."""
+    endings = ["ing", "ation", "fulness", "ies", "ously", "izers", "ement", "ally"]
+    texts = [
+        " ".join(
+            f"w{chr(97 + n % 26)}rd{chr(97 + m % 26)}{endings[(n + m) % 8]}" for m in range(200)
+        )
+        for n in range(48)
+    ]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(terms_of, texts))
+    finally:
+        sys.setswitchinterval(interval)
+    assert together == [stemmer("english").stemWords(text.split()) for text in texts]

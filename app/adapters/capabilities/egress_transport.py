@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import ssl
 from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import httpcore
 import httpx
@@ -22,6 +24,18 @@ CONNECTIONS_MAX = 512
 KEEPALIVE_MAX = 128
 KEEPALIVE_S = 15.0
 FRESH_CONNECTION = "flexrun.fresh_connection"
+
+
+@dataclass(slots=True)
+class SendProgress:
+    """Give it as the request's extension `trace`: `sent` turns True with the first byte that goes
+    out. Until then the far side can not have acted."""
+
+    sent: bool = False
+
+    async def __call__(self, event: str, _info: dict[str, Any]) -> None:
+        if event.endswith(".send_request_headers.started"):
+            self.sent = True
 
 
 class EgressTransport(httpx.AsyncBaseTransport):

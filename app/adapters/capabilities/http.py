@@ -21,7 +21,11 @@ import httpx
 import orjson
 
 from app.adapters.capabilities.egress import EgressPolicy, EgressRefused
-from app.adapters.capabilities.egress_transport import FRESH_CONNECTION, EgressTransport
+from app.adapters.capabilities.egress_transport import (
+    FRESH_CONNECTION,
+    EgressTransport,
+    SendProgress,
+)
 from app.adapters.capabilities.http_body import BodyRefused, read_body, read_prefix
 from app.adapters.capabilities.http_outcome import (
     DETAIL_BYTES_MAX,
@@ -54,18 +58,6 @@ _OWN_HEADERS = word_set(
     idempotency-key keep-alive proxy-authorization proxy-connection te traceparent tracestate
     trailer transfer-encoding upgrade"""
 )
-
-
-@dataclass(slots=True)
-class _Progress:
-    """How far an exchange came: once a byte of the request is out, the far side may have acted."""
-
-    sent: bool = False
-    failure: CallFailed | None = None
-
-    async def __call__(self, event: str, _info: dict[str, Any]) -> None:
-        if event.endswith(".send_request_headers.started"):
-            self.sent = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +110,8 @@ class HttpAdapter:
     async def invoke(self, call: Call) -> dict[str, Any]:
         """The output of one exchange; raises `CallFailed` as `http_outcome` tells."""
         target = self._target(call.capability)
-        progress = _Progress()
+        progress = SendProgress()
+        failed: CallFailed | None = None
         request = _request(call, target, progress)
         deadline_s = call.deadline_ms / 1000
         if deadline_s <= 0:
@@ -129,13 +122,13 @@ class HttpAdapter:
                 async with contextlib.aclosing(response):
                     if not response.is_success:
                         # Known from here on, even if the body with the reasons never comes.
-                        progress.failure = status_failure(response, "")
+                        failed = status_failure(response, "")
                         raise await _failure(response, target.secrets)
                     body = await read_body(response, self._response_bytes_max)
         except EgressRefused as error:
             raise refused_target(error) from error
         except TimeoutError as error:
-            raise progress.failure or timed_out(sent=progress.sent) from error
+            raise failed or timed_out(sent=progress.sent) from error
         except httpx.HTTPError as error:
             raise broken_off(error, sent=progress.sent) from error
         except BodyRefused as error:
@@ -209,7 +202,7 @@ def _header_faults(config: dict[str, Any], part: str) -> Iterator[tuple[str, str
             yield "config_invalid", f"header {name!r} needs a printable ASCII text", pointer
 
 
-def _request(call: Call, target: _Target, progress: _Progress) -> httpx.Request:
+def _request(call: Call, target: _Target, progress: SendProgress) -> httpx.Request:
     try:
         body = orjson.dumps(
             {

@@ -6,8 +6,8 @@ markdown-it-py reads the grammar; this file only keeps where things stand in the
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import dataclass
-from functools import lru_cache
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -37,17 +37,17 @@ class Block:
     in_quote: bool
 
 
-@lru_cache(maxsize=1)
-def _block_parser() -> MarkdownIt:
-    parser = MarkdownIt("commonmark").enable("table")
-    # Only block structure: inline parsing of a whole document costs most and is not needed.
-    parser.core.ruler.enableOnly(["normalize", "block"])
-    return parser
+class _Parsers(threading.local):
+    """A parser compiles its rules at its first use, unguarded: one of each kind for each thread."""
+
+    def __init__(self) -> None:
+        self.blocks = MarkdownIt("commonmark").enable("table")
+        # Only block structure: inline parsing of a whole document costs most and is not needed.
+        self.blocks.core.ruler.enableOnly(["normalize", "block"])
+        self.inline = MarkdownIt("commonmark").enable("strikethrough")
 
 
-@lru_cache(maxsize=1)
-def _inline_parser() -> MarkdownIt:
-    return MarkdownIt("commonmark").enable("strikethrough")
+_parsers = _Parsers()
 
 
 def front_matter_end(text: str) -> int:
@@ -63,7 +63,7 @@ def blocks_of(text: str) -> list[Block]:
         text = _NOT_NEWLINE.sub(" ", text[:end]) + text[end:]
     blocks: list[Block] = []
     lists_open = quotes_open = 0
-    tokens = _block_parser().parse(text)
+    tokens = _parsers.blocks.parse(text)
     for index, token in enumerate(tokens):
         if token.type in ("bullet_list_open", "bullet_list_close", *_ORDERED):
             lists_open += token.nesting
@@ -92,7 +92,7 @@ def _block(opening: Token, inline: Token, *, in_list: bool, in_quote: bool) -> B
 def plain_text(markdown: str) -> str:
     """The words that a reader sees, on one line: no emphasis marks, link targets, tags, images."""
     parts: list[str] = []
-    for token in _inline_parser().parseInline(markdown)[0].children or []:
+    for token in _parsers.inline.parseInline(markdown)[0].children or []:
         if token.type in ("text", "code_inline"):
             parts.append(token.content)
         elif token.type in ("softbreak", "hardbreak"):

@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 
 from app.adapters.capabilities.builtin import Pack
-from app.adapters.capabilities.egress import EgressRefused
-from app.adapters.capabilities.egress_transport import EgressTransport
+from app.adapters.capabilities.egress import EgressPolicy, EgressRefused
+from app.adapters.capabilities.egress_transport import EgressTransport, SendProgress
 from app.adapters.capabilities.html_text import html_to_markdown
 from app.adapters.capabilities.http_body import BodyRefused, read_body
 from app.adapters.capabilities.http_outcome import (
@@ -81,41 +81,48 @@ def fetch_pack(transport: EgressTransport, *, page_bytes_max: int = PAGE_BYTES_M
         """
         if call.deadline_ms <= 0:
             raise timed_out(sent=False)
+        progress = SendProgress()
         try:
             async with asyncio.timeout(call.deadline_ms / 1000):
-                page = await _get(transport, call.inputs["url"], page_bytes_max)
+                page = await _get(transport, call.inputs["url"], page_bytes_max, progress)
         except TimeoutError as error:
-            raise timed_out(sent=True) from error
+            raise timed_out(sent=progress.sent) from error
+        except httpx.HTTPError as error:
+            raise broken_off(error, sent=progress.sent) from error
+        except EgressRefused as error:
+            raise refused_target(error) from error
+        except BodyRefused as error:
+            raise CallFailed("page_refused", f"the page: {error}", retryable=False) from error
         # Reading a large page takes long enough to hold up others.
         return {"document": await asyncio.to_thread(document_of, page)}
 
     return pack
 
 
-async def _get(transport: EgressTransport, address: str, bytes_max: int) -> Page:
-    url = address
+async def _get(
+    transport: EgressTransport, address: str, bytes_max: int, progress: SendProgress
+) -> Page:
+    url = transport.policy.check_url(address).copy_with(fragment=None)
     for _ in range(REDIRECTS_MAX + 1):
-        try:
-            parsed = transport.policy.check_url(url).copy_with(fragment=None)
-            response = await transport.handle_async_request(_request(parsed))
-            async with contextlib.aclosing(response):
-                if response.status_code not in _REDIRECTS or "location" not in response.headers:
-                    return await _read(parsed, response, bytes_max)
-                url = str(parsed.join(response.headers["location"]))
-        except EgressRefused as error:
-            raise refused_target(error) from error
-        except httpx.InvalidURL as error:
-            text = "the page redirects to an address that can not be parsed"
-            raise CallFailed("capability_refused", text, retryable=False) from error
-        except httpx.HTTPError as error:
-            raise broken_off(error, sent=True) from error
-        except BodyRefused as error:
-            raise CallFailed("page_refused", f"the page: {error}", retryable=False) from error
+        response = await transport.handle_async_request(_request(url, progress))
+        async with contextlib.aclosing(response):
+            if response.status_code not in _REDIRECTS or "location" not in response.headers:
+                return await _read(url, response, bytes_max)
+        url = _next_hop(transport.policy, url, response.headers["location"])
     text = f"the page redirects more than {REDIRECTS_MAX} times"
     raise CallFailed("too_many_redirects", text, retryable=False)
 
 
-def _request(url: httpx.URL) -> httpx.Request:
+def _next_hop(policy: EgressPolicy, url: httpx.URL, location: str) -> httpx.URL:
+    try:
+        following = str(url.join(location))
+    except (httpx.InvalidURL, ValueError) as error:
+        text = "the page redirects to an address that can not be parsed"
+        raise CallFailed("capability_refused", text, retryable=False) from error
+    return policy.check_url(following).copy_with(fragment=None)
+
+
+def _request(url: httpx.URL, progress: SendProgress) -> httpx.Request:
     return httpx.Request(
         "GET",
         url,
@@ -124,7 +131,7 @@ def _request(url: httpx.URL) -> httpx.Request:
             "Accept-Encoding": "identity",
             "User-Agent": "flexrun-fetch/1.0",
         },
-        extensions={"timeout": {"connect": CONNECT_TIMEOUT_S}},
+        extensions={"timeout": {"connect": CONNECT_TIMEOUT_S}, "trace": progress},
     )
 
 

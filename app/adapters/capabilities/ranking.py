@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,13 +45,18 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-@lru_cache(maxsize=1)
-def _stemmer() -> Callable[[str], str]:
-    # Loaded at first use: one of some thirty languages is needed, and only here.
-    from snowballstemmer import stemmer  # type: ignore[import-untyped]  # noqa: PLC0415
+# A stemmer keeps the word at hand in itself, and builtins run in threads: one for each thread.
+_here = threading.local()
 
-    stem: Callable[[str], str] = stemmer("english").stemWord
-    return lru_cache(maxsize=20_000)(stem)
+
+def _stemmer() -> Callable[[str], str]:
+    if not hasattr(_here, "stem"):
+        # Loaded at first use: one of some thirty languages is needed, and only here.
+        from snowballstemmer import stemmer  # type: ignore[import-untyped]  # noqa: PLC0415
+
+        _here.stem = lru_cache(maxsize=5_000)(stemmer("english").stemWord)
+    stem: Callable[[str], str] = _here.stem
+    return stem
 
 
 def terms_of(text: str) -> list[str]:

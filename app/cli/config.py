@@ -1,0 +1,98 @@
+"""Settings for commands that stand on this machine: flags over the environment, said in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from app.cli.errors import CliError, ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the embedded Postgres. [FLEXRUN_DATA_DIR, .flexrun]"),
+]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="A Postgres to use instead of the embedded one. [DATABASE_URL, which hides the "
+        "password from the process list]",
+    ),
+]
+
+
+def load_settings(**given: Any) -> Settings:
+    """The settings of the environment, with the flags that were given laid over them."""
+    # pydantic is slow to import, and only commands on this machine need settings.
+    from pydantic import ValidationError  # noqa: PLC0415
+
+    from app.settings import Settings  # noqa: PLC0415
+
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        # Never the text of the error: it holds what was given, which may be a secret.
+        wrong = [
+            f"  {_variable(str(found['loc'][0]))}: {found['msg']}" for found in error.errors()
+        ]
+    raise UsageError("The settings are not valid:\n" + "\n".join(wrong))
+
+
+def _variable(name: str) -> str:
+    from app.settings import Settings  # noqa: PLC0415 - see above
+
+    field = Settings.model_fields.get(name.lower())
+    has_own_name = field is None or field.validation_alias is not None
+    return name.upper() if has_own_name else f"FLEXRUN_{name.upper()}"
+
+
+def masked(url: str) -> str:
+    """A database address without its secrets, made only of the parts that hold none."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return "(set, but no valid address)"
+    if not parts.scheme or host is None or "@" in parts.path + parts.query + parts.fragment:
+        return "(set, but no valid address)"
+    user = f"{parts.username}:***@" if parts.username else ""
+    return f"{parts.scheme}://{user}{host}{f':{port}' if port else ''}{parts.path}"
+
+
+@contextmanager
+def database_errors() -> Iterator[None]:
+    """Errors of the database and of its start, as sentences with what to do next."""
+    # With them come SQLAlchemy and asyncpg; `flexrun --help` needs neither.
+    from app.domain.errors import FlexrunError  # noqa: PLC0415
+    from app.store.embedded_files import EmbeddedPostgresError  # noqa: PLC0415
+
+    try:
+        yield
+    except FlexrunError as error:
+        raise CliError(
+            f"{error.code}: {error.detail}",
+            exit_code=ExitCode.UNREACHABLE,
+            hint="What is wrong says: flexrun doctor",
+        ) from None
+    except EmbeddedPostgresError as error:
+        raise CliError(f"The embedded Postgres: {error}", exit_code=ExitCode.UNREACHABLE) from None
+
+
+@contextmanager
+def database_of(settings: Settings) -> Iterator[str]:
+    """The address of the database in use; the embedded one runs at least as long as the block."""
+    if settings.database_url is not None:
+        yield settings.database_url.get_secret_value()
+        return
+    from app.store.embedded import EmbeddedPostgres  # noqa: PLC0415 - see above
+
+    with EmbeddedPostgres.start(settings.data_dir) as server:
+        yield server.dsn

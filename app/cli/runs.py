@@ -1,0 +1,200 @@
+"""`flexrun runs`, `show`, `tail` and `resume`: looking at runs, and answering those that wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from app.cli.client import DEFAULT_URL, Api, AsJson, Url, pages, path_of
+from app.cli.errors import ExitCode, UsageError
+from app.cli.follow import Follower, Wanted
+from app.cli.inputs import assignment, json_or_file
+from app.cli.output import console, err, out, out_json, plain
+from app.cli.picture import picture_of
+from app.cli.render import RUN_STYLES, event_line, plan_lines, tree_lines
+from app.cli.run import print_result
+
+PAGE = 1_000
+DECISIONS = ("done", "retry", "fail")
+
+RunId = Annotated[str, typer.Argument(help="Id of the run.", show_default=False)]
+
+
+def runs(
+    status: Annotated[list[str] | None, typer.Option(help="Only of this status; repeatable.")] = None,
+    label: Annotated[str | None, typer.Option(help="Only with this label.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """List runs, newest first."""
+    with Api(url) as api:
+        params = {"status": status, "label": label}
+        found = pages(api, path_of("runs"), "runs", params, limit=limit)
+    if as_json:
+        out_json(found)
+        return
+    if not found:
+        out("No runs.")
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("run", "status", "created", "label", "objective"):
+        table.add_column(name, no_wrap=name != "objective")
+    for run in found:
+        table.add_row(
+            run["run_id"],
+            Text(run["status"], style=RUN_STYLES.get(run["status"], "")),
+            run["created_at"][:19] + "Z",
+            plain(run["label"] or ""),
+            plain(" ".join(run["objective"].split())[:200]),
+        )
+    console().print(table, soft_wrap=not console().is_terminal)
+
+
+def show(
+    run_id: RunId,
+    events: Annotated[bool, typer.Option("--events", help="Also its events.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Also its plan with the proof.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Everything the service knows, as JSON.")
+    ] = False,
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Show where a run stands: its nodes, errors, output, and what to do next."""
+    with Api(url) as api:
+        if debug:
+            out_json(api.get(path_of("runs", run_id, "debug")))
+            return
+        run = api.get(path_of("runs", run_id))
+        if as_json:
+            out_json(run)
+            return
+        _print_run(api, run, with_plan=plan)
+        if events:
+            out()
+            for event in stored_events(api, run_id, Wanted()):
+                out(event_line(event))
+        print_result(run, api.url)
+
+
+def _print_run(api: Api, run: dict[str, Any], *, with_plan: bool) -> None:
+    head = Text("run ")
+    head.append(run["run_id"], style="bold")
+    head.append(f"  {run['status']}", style=RUN_STYLES.get(run["status"], ""))
+    out(head)
+    out(run["objective"])
+    times = [f"created {run['created_at']}"]
+    if run["finished_at"]:
+        times.append(f"finished {run['finished_at']}")
+    if run["metadata"]["label"]:
+        times.append(f"label {run['metadata']['label']}")
+    out("  ".join(times))
+    plan = None
+    if run["plan_version"] is not None and run["nodes"]:
+        plan = api.get(path_of("runs", run["run_id"], "plans", str(run["plan_version"])))
+        out()
+        for line in tree_lines(picture_of(run, plan)):
+            out(line)
+    if with_plan and plan is not None:
+        out()
+        for line in plan_lines(plan):
+            out(line)
+
+
+def stored_events(
+    api: Api, run_id: str, wanted: Wanted, after: int = 0
+) -> Iterator[dict[str, Any]]:
+    """The events that are there now."""
+    while True:
+        params = {**wanted.params(), "after": after, "limit": PAGE}
+        page = api.get(path_of("runs", run_id, "events"), params)
+        yield from page["events"]
+        if len(page["events"]) < PAGE:
+            return
+        after = page["next_after"]
+
+
+def tail(
+    run_id: RunId,
+    types: Annotated[
+        list[str] | None,
+        typer.Option("--type", metavar="TYPE", help="Only this type, such as NODE_DONE; repeatable."),
+    ] = None,
+    nodes: Annotated[
+        list[str] | None, typer.Option("--node", metavar="NODE", help="Only this node; repeatable.")
+    ] = None,
+    levels: Annotated[
+        list[str] | None,
+        typer.Option("--level", metavar="LEVEL", help="INFO, WARN or ERROR; repeatable."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on live until the run ends.")
+    ] = False,
+    after: Annotated[int, typer.Option(min=0, metavar="SEQ", help="Only behind this event.")] = 0,
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Print the events of a run. Filters combine; the last event of the run passes every one."""
+    wanted = Wanted(
+        tuple(name.upper() for name in types or ()),
+        tuple(nodes or ()),
+        tuple(name.upper() for name in levels or ()),
+    )
+    with Api(url) as api:
+        follower = Follower(api, run_id, after=after, wanted=wanted, say=err)
+        events = iter(follower) if follow else stored_events(api, run_id, wanted, after)
+        try:
+            for event in events:
+                if as_json:
+                    out_json(event, indent=None)
+                else:
+                    out(event_line(event))
+        except KeyboardInterrupt:
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
+
+
+def resume(
+    run_id: RunId,
+    nodes: Annotated[
+        list[str] | None,
+        typer.Option("--node", metavar="NODE=DECISION", help="retry, done or fail; repeatable."),
+    ] = None,
+    outputs: Annotated[
+        list[str] | None,
+        typer.Option("--output", metavar="NODE=@FILE", help="JSON output of a node that is done."),
+    ] = None,
+    note: Annotated[str | None, typer.Option(help="Why, for those who look later.")] = None,
+    operator: Annotated[str | None, typer.Option(metavar="ID", help="Who decides.")] = None,
+    expected_plan_version: Annotated[
+        int | None, typer.Option(min=1, help="Refuse if the plan changed meanwhile.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Answer a run that awaits a human: one decision for every node that waits."""
+    decisions: dict[str, dict[str, Any]] = {}
+    for text in nodes or ():
+        node_id, _, decision = assignment(text)
+        if decision not in DECISIONS:
+            raise UsageError(f"{text!r}: the decision is one of {', '.join(DECISIONS)}.")
+        decisions[node_id] = {"decision": decision}
+    for text in outputs or ():
+        node_id, _, value = assignment(text)
+        if node_id not in decisions:
+            raise UsageError(f"--output is for {node_id!r}, which has no --node {node_id}=done.")
+        decisions[node_id]["output"] = json_or_file(f"the output of {node_id}", value)
+    body: dict[str, Any] = {"nodes": decisions}
+    if note is not None:
+        body["note"] = note
+    if operator is not None:
+        body["operator"] = {"id": operator}
+    if expected_plan_version is not None:
+        body["expected_plan_version"] = expected_plan_version
+    with Api(url) as api:
+        answer = api.post(path_of("runs", run_id, "resume"), body)
+    out(f"Accepted as signal {answer['signal_id']}.")
+    out(f"Watch it: flexrun tail {run_id} -f")

@@ -1,0 +1,217 @@
+"""`flexrun serve`: API and worker in one process, over the embedded Postgres or a given one."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import importlib
+import ipaddress
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from app.cli.config import (
+    DatabaseUrl,
+    DataDir,
+    database_errors,
+    database_of,
+    load_settings,
+    masked,
+)
+from app.cli.errors import PORT_IN_USE, CliError, ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from app.main import Server
+    from app.settings import Settings
+
+LISTEN_LOOK_S = 0.01
+
+
+def serve(
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on. [FLEXRUN_HOST, 127.0.0.1]")
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65_535, help="0 takes a free one. [FLEXRUN_PORT, 8000]"),
+    ] = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR. [FLEXRUN_LOG_LEVEL, INFO]")
+    ] = None,
+) -> None:
+    """Run the service. Without DATABASE_URL it starts a Postgres of its own.
+
+    Exit code: 0 stopped in order, 2 refused, 3 the database is not ready, 4 the port is taken.
+    """
+    settings = load_settings(
+        host=host, port=port, data_dir=data_dir, database_url=database_url, log_level=log_level
+    )
+    _configure_log(settings)
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, _leave)
+    listeners = _listen(settings)
+    # The app takes a second to import, the database about as long to start: side by side.
+    threading.Thread(target=importlib.import_module, args=("app.main",)).start()
+    with database_errors(), database_of(settings) as dsn:
+        if settings.database_url is None:
+            from app.cli.database import _migrate  # noqa: PLC0415 - slow, see there
+
+            asyncio.run(_migrate(dsn))
+        _run(settings, dsn, listeners)
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    """A signal before the service is up: go, and stop what was started on the way out."""
+    raise SystemExit(ExitCode.OK)
+
+
+def _configure_log(settings: Settings) -> None:
+    from app.kit.log import configure  # noqa: PLC0415 - not needed by other commands
+
+    try:
+        configure(settings.log_level.upper())
+    except ValueError:
+        raise UsageError(f"FLEXRUN_LOG_LEVEL: {settings.log_level!r} is no log level.") from None
+
+
+# --- the socket -----------------------------------------------------------------------------------
+
+
+def _listen(settings: Settings) -> list[socket.socket]:
+    """Bind first: a port that is taken, or an address that is not allowed, costs no start."""
+    try:
+        found = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except socket.gaierror as error:
+        raise UsageError(f"{settings.host!r} is no address to listen on: {error.strerror}.") from None
+    addresses = sorted({(family, where[0]) for family, _, _, _, where in found})
+    if not settings.allow_unauthenticated:
+        _refuse_public(settings.host, [str(address) for _, address in addresses])
+    listeners: list[socket.socket] = []
+    port = settings.port
+    for family, address in addresses:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            listener.bind((address, port))
+        except OSError as error:
+            listener.close()
+            if listeners and error.errno == errno.EADDRNOTAVAIL:
+                continue  # "localhost" may name an IPv6 address on a machine that has none
+            raise _can_not_bind(settings.host, port, error) from None
+        port = listener.getsockname()[1]
+        listeners.append(listener)
+    return listeners
+
+
+def _refuse_public(host: str, addresses: list[str]) -> None:
+    if all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
+        return
+    raise UsageError(
+        f"{host} can be reached from other machines, and Flexrun has no authentication yet.",
+        hint="Listen on 127.0.0.1, or set FLEXRUN_ALLOW_UNAUTHENTICATED=true if something in "
+        "front of it decides who may call.",
+    )
+
+
+def _can_not_bind(host: str, port: int, error: OSError) -> CliError:
+    if error.errno == errno.EADDRINUSE:
+        return CliError(
+            f"Port {port} on {host} is in use, perhaps by another flexrun serve.",
+            exit_code=PORT_IN_USE,
+            hint="Stop that one, or choose another port: flexrun serve --port 8001 "
+            "(--port 0 takes a free one)",
+        )
+    return UsageError(f"{host}:{port} can not be listened on: {error.strerror}.")
+
+
+# --- the service ----------------------------------------------------------------------------------
+
+
+def _run(settings: Settings, dsn: str, listeners: list[socket.socket]) -> None:
+    """Serve until a signal; the way out is in order unless a second SIGINT comes."""
+    from app.main import create_app, make_server  # noqa: PLC0415 - imported beside the database
+
+    app = create_app(settings, dsn)
+    failure = _Failure(app)
+    server = make_server(app, settings)
+    # uvicorn hands signals on when it is done with them; by then they have had their effect.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    url = _url(settings.host, listeners[0])
+    where = _where(settings)
+    try:
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(_serve(server, listeners, f"Flexrun is ready at {url} ({where})", failure))
+    except SystemExit:
+        # uvicorn's way to say that the app did not start.
+        if failure.error is None:
+            raise
+        raise failure.error from None
+
+
+async def _serve(
+    server: Server, listeners: list[socket.socket], ready_line: str, failure: _Failure
+) -> None:
+    serving = asyncio.create_task(server.serve(sockets=listeners))
+    while not server.started and not serving.done():
+        await asyncio.sleep(LISTEN_LOOK_S)
+    failure.is_over_start()
+    if server.started and not server.should_exit:
+        signal.signal(signal.SIGINT, _handler(server))
+        print(ready_line, flush=True)
+    await serving
+
+
+class _Failure:
+    """Why the app did not start. uvicorn would only log it, as a traceback."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self.error: Exception | None = None
+        self._inner = app.router.lifespan_context
+        app.router.lifespan_context = self._lifespan
+        self._log_disabled(disabled=True)
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        try:
+            async with self._inner(app):
+                yield
+        except Exception as error:
+            self.error = error
+            raise
+
+    def is_over_start(self) -> None:
+        """From now on uvicorn may log again."""
+        self._log_disabled(disabled=False)
+
+    @staticmethod
+    def _log_disabled(*, disabled: bool) -> None:
+        import logging  # noqa: PLC0415
+
+        logging.getLogger("uvicorn.error").disabled = disabled
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def _where(settings: Settings) -> str:
+    if settings.database_url is None:
+        return f"data in {settings.data_dir}"
+    return f"database {masked(settings.database_url.get_secret_value())}"

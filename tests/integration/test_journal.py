@@ -1,0 +1,295 @@
+"""The write path: every hole that DESIGN names, against a real Postgres."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from app.domain.run import RunStatus
+from app.journal.record import JournalRejected, KeyTaken, LeaseLost, RunHandle
+from app.kit.ids import id_at, new_id
+from app.store.append import HeadMove, append_batch
+from tests.journal_kit import JournalKit, journal_kit
+
+
+async def test_appends_of_one_run_that_wait_together_become_one(dsn: str) -> None:
+    async with journal_kit(dsn) as kit:
+        handle, accepted = kit.submit()
+        await accepted
+        before = kit.journal.commits
+        futures = [kit.log(handle, "a"), kit.log(handle, "b", "c"), kit.log(handle, "d")]
+        await asyncio.gather(*futures)
+
+        assert await kit.messages(handle.run_id) == ["a", "b", "c", "d"]
+        assert kit.journal.commits == before + 1
+        assert [frame.seq for frame in kit.sink.frames[handle.run_id]] == [1, 2, 3, 4, 5]
+
+
+async def test_runs_that_wait_together_share_a_commit(dsn: str) -> None:
+    async with journal_kit(dsn) as kit:
+        submitted = [kit.submit() for _ in range(50)]
+        await asyncio.gather(*(accepted for _, accepted in submitted))
+        first = kit.journal.commits
+        await asyncio.gather(*(kit.log(handle, "x") for handle, _ in submitted))
+
+        assert first <= 2
+        assert kit.journal.commits == first + 1
+
+
+async def test_nothing_is_published_before_it_is_durable(dsn: str) -> None:
+    published_at: list[int] = []
+
+    async with journal_kit(dsn) as kit:
+        handle, accepted = kit.submit()
+        blocker = await asyncpg.connect(dsn)
+        await accepted
+        transaction = blocker.transaction()
+        await transaction.start()
+        await blocker.fetch("select from run_heads where run_id = $1 for update", handle.run_id)
+        waiting = kit.log(handle, "late")
+        for _ in range(20):
+            await asyncio.sleep(0.005)
+            published_at.append(len(kit.sink.frames[handle.run_id]))
+        await transaction.rollback()
+        await waiting
+        await blocker.close()
+
+        assert set(published_at) == {1}
+        assert len(kit.sink.frames[handle.run_id]) == 2
+
+
+async def test_a_fenced_run_fails_alone_beside_healthy_ones(dsn: str) -> None:
+    async with journal_kit(dsn) as kit:
+        submitted = [kit.submit() for _ in range(3)]
+        await asyncio.gather(*(accepted for _, accepted in submitted))
+        fenced = submitted[1][0]
+        await kit.rows(
+            "update run_heads set epoch = epoch + 1, owner = 'w2' where run_id = $1", fenced.run_id
+        )
+        results = await asyncio.gather(
+            *(kit.log(handle, "x") for handle, _ in submitted), return_exceptions=True
+        )
+
+        assert [type(result) for result in results] == [type(None), LeaseLost, type(None)]
+        assert await kit.messages(fenced.run_id) == []
+        assert await kit.messages(submitted[0][0].run_id) == ["x"]
+        assert len(kit.sink.frames[fenced.run_id]) == 1
+
+
+async def test_a_poison_value_fails_its_run_and_no_other(dsn: str) -> None:
+    async with journal_kit(dsn) as kit:
+        submitted = [kit.submit() for _ in range(3)]
+        await asyncio.gather(*(accepted for _, accepted in submitted))
+        good, bad, fine = (handle for handle, _ in submitted)
+        bad_future = _log_with_nul(kit, bad)
+        results = await asyncio.gather(
+            kit.log(good, "x"), bad_future, kit.log(fine, "x"), return_exceptions=True
+        )
+
+        assert [type(result) for result in results] == [type(None), JournalRejected, type(None)]
+        assert await kit.messages(bad.run_id) == []
+        assert await kit.messages(good.run_id) == ["x"]
+        bad.rewind(1)
+        await kit.log(bad, "goes on")
+        assert await kit.messages(bad.run_id) == ["goes on"]
+
+
+def _log_with_nul(kit: JournalKit, handle: RunHandle) -> asyncio.Future[None]:
+    """An append that Postgres refuses: text can not hold NUL (a plan body, past every gate)."""
+    return kit.log(handle, "x", plans=[(1, "\0")])
+
+
+async def test_batches_in_opposite_order_do_not_deadlock(dsn: str) -> None:
+    async with journal_kit(dsn) as kit:
+        handles = [kit.submit() for _ in range(40)]
+        await asyncio.gather(*(accepted for _, accepted in handles))
+        first, second = await asyncpg.connect(dsn), await asyncpg.connect(dsn)
+
+        def moves(rows: list[RunHandle]) -> list[HeadMove]:
+            # Both batches name the same runs; whoever comes second finds its fence moved.
+            return [
+                HeadMove(h.run_id, h.day, 1, 1, 1, 2, RunStatus.RUNNING, "w1", None,
+                         events=[(2, "LOG", None, None, "INFO", "{}")])
+                for h in rows
+            ]
+
+        runs = [handle for handle, _ in handles]
+        one, two = await asyncio.gather(
+            append_batch(first, moves(runs)), append_batch(second, moves(runs[::-1]))
+        )
+        await first.close()
+        await second.close()
+
+        assert one | two == {handle.run_id for handle in runs}
+        assert not one & two
+
+
+class LosesAnswers:
+    """A connection whose statement is executed, and whose answer is lost on the way."""
+
+    def __init__(self, connection: asyncpg.Connection, plan: list[str]) -> None:
+        self._connection = connection
+        self._plan = plan
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    async def fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
+        if not sql.startswith("with"):
+            found: list[asyncpg.Record] = await self._connection.fetch(sql, *arguments)
+            return found
+        step = self._plan.pop(0) if self._plan else "ok"
+        if step == "lost before":
+            await self._connection.close()
+            raise asyncpg.ConnectionDoesNotExistError("cut before it was sent")
+        rows: list[asyncpg.Record] = await self._connection.fetch(sql, *arguments)
+        if step == "lost after":
+            await self._connection.close()
+            raise asyncpg.ConnectionDoesNotExistError("cut after the commit")
+        return rows
+
+
+@pytest.mark.parametrize("step", ["lost before", "lost after"])
+async def test_an_unknown_commit_outcome_is_asked_of_the_head(dsn: str, step: str) -> None:
+    plan = ["ok", step]
+
+    async def connect() -> Any:
+        return LosesAnswers(await asyncpg.connect(dsn), plan)
+
+    async with journal_kit(dsn, connect) as kit:
+        handle, accepted = kit.submit()
+        await accepted
+        await kit.log(handle, "once")
+        await kit.log(handle, "more")
+
+        assert await kit.messages(handle.run_id) == ["once", "more"]
+        assert [frame.seq for frame in kit.sink.frames[handle.run_id]] == [1, 2, 3]
+        assert plan == []
+
+
+@pytest.mark.parametrize("step", ["lost before", "lost after"])
+async def test_an_unknown_outcome_of_a_submit_makes_one_run(dsn: str, step: str) -> None:
+    plan = [step]
+
+    async def connect() -> Any:
+        return LosesAnswers(await asyncpg.connect(dsn), plan)
+
+    async with journal_kit(dsn, connect) as kit:
+        handle, accepted = kit.submit(key="k")
+        await accepted
+
+        heads = await kit.rows("select run_id, seq from run_heads")
+        assert [(row["run_id"], row["seq"]) for row in heads] == [(handle.run_id, 1)]
+
+
+async def test_an_unknown_outcome_after_which_somebody_else_took_the_run_is_a_lost_lease(
+    dsn: str,
+) -> None:
+    plan = ["ok", "lost before"]
+
+    async def connect() -> Any:
+        if len(plan) == 0:
+            thief = await asyncpg.connect(dsn)
+            await thief.execute("update run_heads set epoch = 2, owner = 'w2' where epoch = 1")
+            await thief.close()
+        return LosesAnswers(await asyncpg.connect(dsn), plan)
+
+    async with journal_kit(dsn, connect) as kit:
+        handle, accepted = kit.submit()
+        await accepted
+        with pytest.raises(LeaseLost):
+            await kit.log(handle, "x")
+        assert await kit.messages(handle.run_id) == []
+
+
+async def test_cancelling_the_caller_does_not_withdraw_the_append(dsn: str) -> None:
+    async with journal_kit(dsn) as kit:
+        handle, accepted = kit.submit()
+        await accepted
+
+        async def wait(future: asyncio.Future[None]) -> None:
+            await future
+
+        task = asyncio.create_task(wait(kit.log(handle, "kept")))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await kit.log(handle, "next")
+
+        assert await kit.messages(handle.run_id) == ["kept", "next"]
+
+
+async def test_a_missing_partition_is_made_on_the_way(dsn: str) -> None:
+    async with journal_kit(dsn, partitions=False) as kit:
+        handle, accepted = kit.submit()
+        await accepted
+        await kit.log(handle, "x")
+
+        assert await kit.messages(handle.run_id) == ["x"]
+
+
+async def test_a_run_of_a_day_long_ago_gets_its_partition(dsn: str) -> None:
+    async with journal_kit(dsn) as kit:
+        old = UUID(int=id_at(1_600_000_000_000).int | (new_id().int & ((1 << 62) - 1)))
+        handle, accepted = kit.submit(run_id=old)
+        await accepted
+
+        tables = await kit.rows("select to_regclass('events_20200913') is not null as made")
+        assert tables[0]["made"]
+        assert await kit.messages(handle.run_id) == []
+
+
+async def test_a_key_makes_one_run_also_within_one_batch(dsn: str) -> None:
+    async with journal_kit(dsn) as kit:
+        submitted = [kit.submit(key="same") for _ in range(20)]
+        results = await asyncio.gather(
+            *(accepted for _, accepted in submitted), return_exceptions=True
+        )
+
+        assert [result is None for result in results].count(True) == 1
+        assert all(result is None or isinstance(result, KeyTaken) for result in results)
+        assert len(await kit.rows("select from run_heads")) == 1
+        assert len(await kit.rows("select from events")) == 1
+
+
+async def test_an_attempt_has_one_result_whatever_the_code_believes(dsn: str) -> None:
+    async with journal_kit(dsn) as kit:
+        handle, accepted = kit.submit()
+        await accepted
+        connection = await asyncpg.connect(dsn)
+
+        def done(seq: int) -> HeadMove:
+            row = (seq, "NODE_DONE", "A", 1, "INFO", "{}")
+            return HeadMove(handle.run_id, handle.day, 1, seq - 1, 1, seq, RunStatus.RUNNING,
+                            "w1", None, events=[row])
+
+        assert await append_batch(connection, [done(2)]) == {handle.run_id}
+        with pytest.raises(asyncpg.UniqueViolationError):
+            await append_batch(connection, [done(3)])
+        await connection.close()
+
+
+@pytest.mark.parametrize("table", ["events", "plan_versions"])
+@pytest.mark.parametrize("change", ["update {} set body = ''", "delete from {}"])
+async def test_what_was_written_never_changes(dsn: str, table: str, change: str) -> None:
+    async with journal_kit(dsn) as kit:
+        handle, accepted = kit.submit()
+        await accepted
+        await kit.log(handle, "x", plans=[(1, "{}")])
+
+        with pytest.raises(asyncpg.RestrictViolationError):
+            await kit.rows(change.format(table))
+
+
+async def test_big_values_are_stored_once_by_content(dsn: str) -> None:
+    async with journal_kit(dsn) as kit:
+        handle, accepted = kit.submit()
+        await accepted
+        await kit.log(handle, "a", blobs=[("abc", b"big")])
+        await kit.log(handle, "b", blobs=[("abc", b"big")])
+
+        assert len(await kit.rows("select from blobs")) == 1

@@ -1,0 +1,100 @@
+"""Thousands of runs in virtual time: random plans, outcomes, orders, slots, operators and crashes.
+
+Every rule is checked at every event inside `tests/simulator.py`. A failing seed is replayed with
+`Simulation(random_scenario(seed)).run()`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from app.domain.capability import Effect
+from app.domain.run import RunStatus
+from tests.plans import chain, diamond, plan_node, plan_of, wide
+from tests.simulator import CONCURRENCY, Scenario, Simulation, random_scenario
+
+SEEDS = range(800)
+_CHUNK = 100
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> Scenario:
+    """The same troubles as `random_scenario`, but Hypothesis shrinks the plan."""
+    nodes = []
+    for index in range(draw(st.integers(1, 7))):
+        earlier = [node.id for node in nodes]
+        requires = draw(st.lists(st.sampled_from(earlier), unique=True)) if earlier else []
+        capability = draw(st.sampled_from(list(CONCURRENCY)))
+        nodes.append(
+            plan_node(
+                f"n{index}",
+                *requires,
+                effect=draw(st.sampled_from(Effect)),
+                max_attempts=draw(st.integers(1, 3)),
+                capability_id=capability,
+                concurrency=CONCURRENCY[capability],
+            )
+        )
+    return Scenario(
+        plan=plan_of(*nodes),
+        seed=draw(st.integers(0, 2**32)),
+        max_parallel=draw(st.integers(1, 4)),
+        deadline_ms=draw(st.none() | st.integers(1, 1_000)),
+        trouble=draw(st.sampled_from([0.0, 0.3, 0.8])),
+        crash=draw(st.sampled_from([0.0, 0.1, 0.4])),
+        foreign=draw(st.sampled_from([0.0, 0.5])),
+    )
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(scenarios())
+def test_any_run_keeps_the_rules_whatever_happens(scenario: Scenario) -> None:
+    Simulation(scenario).run().check_snapshots()
+
+
+@pytest.mark.parametrize("first", SEEDS[::_CHUNK])
+def test_seeded_runs_keep_the_rules(first: int) -> None:
+    for seed in range(first, first + _CHUNK):
+        Simulation(random_scenario(seed)).run().check_snapshots(lambda k: k % 8 == 0)
+
+
+def test_the_simulated_runs_meet_every_trouble_and_every_end() -> None:
+    """The rules would hold for runs in which nothing happens, so a look at what did happen."""
+    seen: Counter[str] = Counter()
+    for seed in range(150):
+        seen += Simulation(random_scenario(seed)).run().seen
+    expected = {
+        *("NODE_RETRY", "NODE_FAILED", "NODE_BLOCKED", "RUN_PAUSED", "RUN_RECOVERED"),
+        *("crash in the append", "crash before the calls", "crash after the calls"),
+        *("recovered with calls under way", "waited for a slot", "deadline", "nobody came"),
+        *("ended done", "ended failed", "ended cancelled", "ended awaiting_human"),
+        *("blocked to done", "blocked to failed", "blocked to pending", "pending to blocked"),
+        *("running to blocked", "running to pending", "applied", "discarded"),
+    }
+    assert {name for name in expected if seen[name] == 0} == set()
+
+
+def test_a_seed_is_replayed_exactly() -> None:
+    first, second = (Simulation(random_scenario(42)).run() for _ in range(2))
+    assert first.durable == second.durable
+    assert first.outside == second.outside
+
+
+@pytest.mark.parametrize("max_parallel", [1, 2, 16])
+def test_without_trouble_every_node_is_called_once_and_the_run_is_done(max_parallel: int) -> None:
+    for plan in (diamond(), chain(9), wide(9)):
+        quiet = Scenario(plan, 7, max_parallel, trouble=0.0, crash=0.0, foreign=0.0)
+        simulation = Simulation(quiet).run()
+        assert simulation.state.status is RunStatus.DONE
+        assert simulation.outside.calls == {(node_id, 1): 1 for node_id in plan.nodes}
+
+
+@pytest.mark.parametrize("effect", Effect)
+def test_a_process_that_dies_all_the_time_still_brings_its_run_to_an_end(effect: Effect) -> None:
+    for seed in range(10):
+        scenario = Scenario(wide(4, effect=effect), seed, crash=0.5, trouble=0.2)
+        assert Simulation(scenario).run().crashes > 0

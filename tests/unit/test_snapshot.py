@@ -1,0 +1,148 @@
+"""Snapshots: the state through JSON and back, with nothing lost and nothing that is not state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from app.domain.decide import RunLimits, decide
+from app.domain.events import Event, EventType
+from app.domain.run import RunStatus
+from app.domain.snapshot import state_as_dict, state_from_dict
+from app.domain.state import SNAPSHOT_FORMAT, NodeState, RunState, apply
+from tests.plans import (
+    RUN_ID,
+    START_MS,
+    Story,
+    diamond,
+    exact,
+    limited_node,
+    plan_node,
+    plan_of,
+    story_of,
+)
+
+
+def _stored(state: RunState) -> dict[str, Any]:
+    found: dict[str, Any] = orjson.loads(orjson.dumps(state_as_dict(state)))
+    return found
+
+
+def _full_story() -> Story:
+    """A state in which no field of the run and of its nodes taken together has its default."""
+    plan = plan_of(
+        plan_node("A"),
+        plan_node("B"),
+        plan_node("below", "A"),
+        plan_node("R"),
+        plan_node("W"),
+        plan_node("U"),
+        plan_node("D"),
+        plan_node("ready"),
+        plan_node("ready too"),
+        limited_node("L2"),
+        limited_node("L1"),
+        limited_node("M", capability="scarce"),
+        version=3,
+    )
+    story = story_of(plan)
+    for node_id in ("U", "W", "B"):
+        story.start(node_id)
+    story.now += 40
+    story.block("U")
+    story.retry("U", 5, round=2)
+    story.start("U")
+    story.block("U")
+    story.retry("W", 70, error={"code": "c", "message": "m"})
+    story.done("D", duration_ms=2.25)
+    story.pause()
+    story.now += 8
+    story.add(Event(EventType.RUN_RESUMED, {}))
+    story.start("R")
+    story.fail("A", duration_ms=0.125)
+    story.pause(RunStatus.PAUSED)
+    story.state.finished_at = story.now
+    return story
+
+
+def test_the_way_through_json_is_exact_to_the_order_of_every_queue() -> None:
+    story = _full_story()
+    found = state_from_dict(RUN_ID, story.state.plans, _stored(story.state))
+    assert found == story.state
+    assert exact(found) == exact(story.state)
+    assert found.plan is story.plan
+
+
+def test_every_field_of_the_state_is_part_of_the_snapshot() -> None:
+    """The state above differs from a new one in all fields, so a forgotten one shows."""
+    state = _full_story().state
+    empty = RunState("other", {})
+    same = [name for name in RunState.__slots__ if getattr(state, name) == getattr(empty, name)]
+    assert same == []
+    plain = NodeState()
+    touched = {
+        name
+        for node in state.nodes.values()
+        for name in NodeState.__slots__
+        if getattr(node, name) != getattr(plain, name)
+    }
+    assert touched == set(NodeState.__slots__)
+
+
+def test_a_run_without_a_plan_has_a_snapshot_too() -> None:
+    state = RunState(RUN_ID, {})
+    apply(state, Event(EventType.RUN_QUEUED, {}, seq=1, ts=START_MS))
+    found = state_from_dict(RUN_ID, {}, _stored(state))
+    assert found == state
+    assert found.plan is None
+
+
+def test_a_restored_state_goes_on_like_the_original() -> None:
+    story = story_of(diamond())
+    story.done("A")
+    story.start("C")
+    found = state_from_dict(RUN_ID, story.state.plans, _stored(story.state))
+    assert found is not None
+    for state in (found, story.state):
+        apply(state, Event(EventType.NODE_DONE, {"output": {}}, node_id="C", attempt=1, seq=7))
+    assert exact(found) == exact(story.state)
+    limits = RunLimits(2)
+    assert decide(found, START_MS, limits) == decide(story.state, START_MS, limits)
+
+
+def test_a_snapshot_is_a_copy() -> None:
+    story = story_of(diamond())
+    taken = orjson.dumps(state_as_dict(story.state))
+    found = state_from_dict(RUN_ID, story.state.plans, orjson.loads(taken))
+    assert found is not None
+    story.done("A", "B")
+    assert orjson.dumps(state_as_dict(found)) == taken
+
+
+def test_a_snapshot_of_another_format_is_not_used() -> None:
+    story = story_of(diamond())
+    stored = _stored(story.state)
+    assert stored["format"] == SNAPSHOT_FORMAT
+    for other in (SNAPSHOT_FORMAT + 1, SNAPSHOT_FORMAT - 1):
+        assert state_from_dict(RUN_ID, story.state.plans, {**stored, "format": other}) is None
+
+
+def test_a_snapshot_of_an_older_writer_may_lack_fields_of_nodes() -> None:
+    """Rows are read by the names that were stored with them, not by position."""
+    story = story_of(diamond())
+    story.start("A")
+    stored = _stored(story.state)
+    dropped = stored["node_fields"].index("duration_ms")
+    for row in (stored["node_fields"], *stored["nodes"].values()):
+        del row[dropped]
+        row.reverse()
+    assert state_from_dict(RUN_ID, story.state.plans, stored) == story.state
+
+
+def test_a_snapshot_holds_no_output() -> None:
+    story = story_of(diamond())
+    story.done("A", output={"secret": "canary"})
+    text = orjson.dumps(state_as_dict(story.state))
+    assert b"canary" not in text
+    assert story.node("A").done_seq == story.state.seq
