@@ -22,6 +22,7 @@ from app.domain.run import RunStatus
 from app.domain.state import RunState
 from app.journal.record import Append, RunHandle
 from app.kit import failpoints
+from app.kit.waiting import wait_at_most
 from app.orchestrator.lease import Lease
 from app.orchestrator.outcomes import plan_generated
 from app.orchestrator.resume import load_outputs, load_run
@@ -95,10 +96,7 @@ class Worker:
 
     async def _pause(self) -> None:
         pause = SECOND_LOOK_S if self._lease.suspects_somebody else LOOK_EVERY_S
-        try:
-            await asyncio.wait_for(self._wake.wait(), pause)
-        except TimeoutError:
-            pass
+        await wait_at_most(self._wake, pause)
         self._wake.clear()
 
     async def _claim(self) -> None:

@@ -1,9 +1,9 @@
 """A tool behind the http capability `team.announce`: it posts, but its first answer gets lost.
 
-Only the standard library. `python examples/tool_server.py` listens on 127.0.0.1:9009; another port
-may be given as the only argument. The first call with a new Idempotency-Key is answered with 500
-although the message was posted; every later one is answered properly. A caller can not tell this
-500 from one before the work, which is why an `at_most_once` node is not called again by itself.
+Only the standard library. `python3 examples/tool_server.py` listens on 127.0.0.1:9009; another port
+may be given as the only argument. The first call is answered with 500 although the message was
+posted; every later one is answered properly. A caller can not tell this 500 from one before the
+work, which is why an `at_most_once` node is not called again by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-seen: set[str] = set()
+posted: list[str] = []
 
 
 class Tool(BaseHTTPRequestHandler):
@@ -21,14 +21,14 @@ class Tool(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Read `{inputs: {text}, …}` and answer `{message_id}`."""
         call = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        key = self.headers["Idempotency-Key"]
-        sys.stdout.write(f"posted: {call['inputs']['text']}\n")
+        posted.append(call["inputs"]["text"])
+        message_id = f"m-{len(posted)}"
+        sys.stdout.write(f"posted {message_id}: {posted[-1]}\n")
         sys.stdout.flush()
-        if key in seen:
-            self._answer(200, {"message_id": f"m-{len(seen)}"})
-        else:
-            seen.add(key)
+        if len(posted) == 1:
             self._answer(500, {"detail": "the answer was lost on the way"})
+        else:
+            self._answer(200, {"message_id": message_id})
 
     def _answer(self, status: int, content: dict[str, str]) -> None:
         body = json.dumps(content).encode()

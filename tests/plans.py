@@ -78,9 +78,7 @@ def diamond(**changes: Any) -> Plan:
 
 def chain(length: int, **changes: Any) -> Plan:
     first = plan_node("n0", **changes)
-    return plan_of(
-        first, *(plan_node(f"n{i}", f"n{i - 1}", **changes) for i in range(1, length))
-    )
+    return plan_of(first, *(plan_node(f"n{i}", f"n{i - 1}", **changes) for i in range(1, length)))
 
 
 def wide(width: int, **changes: Any) -> Plan:

@@ -40,7 +40,7 @@ CONCURRENCY: dict[str, int | None] = {"free": None, "rare": 1, "scarce": 2}
 
 @dataclass(frozen=True)
 class Scenario:
-    """A run and its troubles. The chances are of one call (`trouble`) and of one turn (the rest)."""
+    """A run and its troubles: `trouble` is the chance of a call, the others are those of a turn."""
 
     plan: Plan
     seed: int
@@ -614,9 +614,7 @@ class Simulation:
 
     def _check_recovery(self, events: list[Event]) -> None:
         """Every intent without a result is called again, or given to a human: never both."""
-        once = [
-            i for i in self.state.running if self.plan.nodes[i].effect is Effect.AT_MOST_ONCE
-        ]
+        once = [i for i in self.state.running if self.plan.nodes[i].effect is Effect.AT_MOST_ONCE]
         assert [event.node_id for event in events] == once
         for event in events:
             assert event.type is EventType.NODE_BLOCKED

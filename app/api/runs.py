@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -32,7 +33,7 @@ from app.api.run_schemas import (
 from app.api.run_views import accepted_view, debug_view, run_view
 from app.api.stream import open_stream, stream_of
 from app.domain.envelope import Envelope
-from app.domain.errors import BadInput, NotFound, Unavailable
+from app.domain.errors import BadInput, ContractError, NotFound, PlanRejected, Unavailable
 from app.domain.run import RunStatus
 from app.journal.feed import Filter
 from app.kit.ids import id_at, parse_id
@@ -96,14 +97,24 @@ async def submit_run(request: Request) -> Response:
         earlier = await services.commands.replayed(tenant, envelope, key)
         if earlier is not None:
             return await _replay(services, tenant, earlier, headers)
-    submission = services.commands.submit_run(
+    submit = partial(
+        services.commands.submit_run,
         tenant,
         envelope,
         body.decode(),
-        services.registry.image(tenant),
         key=key,
         traceparent=headers.get("traceparent"),
     )
+    image = services.registry.image(tenant)
+    try:
+        submission = submit(image)
+    except (PlanRejected, ContractError):
+        # What is missing here may have been registered through another process just now.
+        await services.registry.refresh()
+        fresh = services.registry.image(tenant)
+        if fresh.revision == image.revision:
+            raise
+        submission = submit(fresh)
     run_id = submission.run_id
     # Entered before the first commit, so that the stream is fed from memory from seq 1 on.
     channel = services.feed.enter(run_id, 0)

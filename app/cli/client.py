@@ -73,6 +73,18 @@ class Api:
         """The JSON that answers a POST of `body`."""
         return self._json("POST", path, json=body, headers=dict(headers or {}))
 
+    def probe(self, path: str) -> dict[str, Any]:
+        """The JSON of a probe, which answers 503 to say no."""
+        with self._translated():
+            response = self._client.get(path)
+        try:
+            found = response.json()
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or "status" not in found:
+            raise self._stranger(response)
+        return found
+
     def _json(self, method: str, path: str, **more: Any) -> Any:
         with self._translated():
             response = self._client.request(method, path, **more)
@@ -178,5 +190,3 @@ def pages(api: Api, path: str, key: str, params: Params, *, limit: int) -> list[
         if cursor is None:
             break
     return found
-
-

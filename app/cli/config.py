@@ -40,9 +40,7 @@ def load_settings(**given: Any) -> Settings:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         # Never the text of the error: it holds what was given, which may be a secret.
-        wrong = [
-            f"  {_variable(str(found['loc'][0]))}: {found['msg']}" for found in error.errors()
-        ]
+        wrong = [f"  {_variable(str(found['loc'][0]))}: {found['msg']}" for found in error.errors()]
     raise UsageError("The settings are not valid:\n" + "\n".join(wrong))
 
 

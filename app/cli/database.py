@@ -24,14 +24,15 @@ def migrate(database_url: DatabaseUrl = None, data_dir: DataDir = None) -> None:
     """Bring the database to the schema of this version. Safe to repeat."""
     settings = load_settings(database_url=database_url, data_dir=data_dir)
     with database_errors(), database_of(settings) as dsn:
-        before, after = asyncio.run(_migrate(dsn))
+        before, after = asyncio.run(migrate_database(dsn))
     if before == after:
         out(f"The database is at revision {after} already.")
     else:
         out(f"The database is at revision {after} now (before: {before or 'empty'}).")
 
 
-async def _migrate(dsn: str) -> tuple[str | None, str]:
+async def migrate_database(dsn: str) -> tuple[str | None, str]:
+    """Upgrade a database that is behind: its revision before, and now."""
     # SQLAlchemy and Alembic are slow to import.
     from app.store.database import Database  # noqa: PLC0415
     from app.store.migrate import current_revision, head_revision  # noqa: PLC0415

@@ -81,7 +81,9 @@ class ApiProblem(CliError):
         lines = [f"{self.code}: {body.get('detail', '')}", *map(fault_line, faults)]
         if body.get("trace_id"):
             lines.append(f"  trace_id {body['trace_id']}")
-        super().__init__("\n".join(lines), exit_code=_exit_of(status), hint=_next(self.code, faults))
+        super().__init__(
+            "\n".join(lines), exit_code=_exit_of(status), hint=_next(self.code, faults)
+        )
 
 
 def _exit_of(status: int) -> ExitCode:
@@ -99,7 +101,9 @@ def _next(code: str, faults: Sequence[dict[str, Any]]) -> str | None:
 
 def fault_line(fault: dict[str, Any]) -> str:
     """One broken rule: where it is, what it says, and whose it is."""
-    about = [f"{name} {fault[f'{name}_id']}" for name in ("node", "capability") if f"{name}_id" in fault]
+    about = [
+        f"{name} {fault[f'{name}_id']}" for name in ("node", "capability") if f"{name}_id" in fault
+    ]
     if "facet" in fault:
         about.append(f"facet {fault['facet']}")
     where = fault.get("pointer") or "(whole)"

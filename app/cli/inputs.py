@@ -1,8 +1,8 @@
 """Envelopes from what a person types: a file, or inputs and outputs by the names of their facets.
 
-    document=@README.md   a file, shaped as the facet's schema wants it
-    query=items[0]        a text, likewise
-    json_value:={"a": 1}  JSON as it stands; json_value:=@a.json from a file
+document=@README.md   a file, shaped as the facet's schema wants it
+query=items[0]        a text, likewise
+json_value:={"a": 1}  JSON as it stands; json_value:=@a.json from a file
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ TITLE_CHARS_MAX = 500
 
 EnvelopeFile = Annotated[
     str | None,
-    typer.Argument(help="File with an envelope as JSON; - reads standard input.", show_default=False),
+    typer.Argument(help="Envelope as a JSON file; - is standard input.", show_default=False),
 ]
 Inputs = Annotated[
     list[str] | None,
     typer.Option(
-        "--input", "-i", metavar="NAME=VALUE", help="name=text, name=@file or name:=json; repeatable."
+        "--input", "-i", metavar="NAME=VALUE", help="name=text, name=@file, name:=json; repeatable."
     ),
 ]
 Outputs = Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 ENDED = {"RUN_DONE": "done", "RUN_FAILED": "failed", "RUN_CANCELLED": "cancelled"}
 TERMINAL_STATUSES = frozenset(ENDED.values())
@@ -139,29 +139,36 @@ def picture_of(run: dict[str, Any], plan: dict[str, Any] | None) -> Picture:
     return Picture(run["run_id"], run["status"], run["plan_version"], nodes, run["error"])
 
 
-def laid_out(requires: dict[str, tuple[str, ...]], depth_max: int) -> list[tuple[str, str]]:
-    """`(guide, node id)` a line: each node below the deepest one that it requires.
+class Line(NamedTuple):
+    """A node in a drawn graph: what stands before it, and before what belongs below it."""
+
+    guide: str
+    below: str
+    node_id: str
+
+
+def laid_out(requires: dict[str, tuple[str, ...]], depth_max: int) -> list[Line]:
+    """The nodes of a graph as a tree: each below the deepest one that it requires.
 
     Deeper graphs than `depth_max` would leave no room: those are listed in order, without guides.
     """
     order, depth = _in_order(requires)
     if not order or max(depth.values()) > depth_max:
-        return [("", node_id) for node_id in order]
+        return [Line("", "", node_id) for node_id in order]
     children: dict[str | None, list[str]] = {}
     for node_id in order:
         parents = [name for name in requires[node_id] if name in requires]
         below = max(reversed(parents), key=depth.__getitem__, default=None)
         children.setdefault(below, []).append(node_id)
-    lines: list[tuple[str, str]] = []
-    stack = [("", "", node_id) for node_id in reversed(children.get(None, []))]
+    lines: list[Line] = []
+    stack = [Line("", "", node_id) for node_id in reversed(children.get(None, []))]
     while stack:
-        guide, below, node_id = stack.pop()
-        lines.append((guide, node_id))
-        found = children.get(node_id, [])
+        line = stack.pop()
+        lines.append(line)
+        found = children.get(line.node_id, [])
         for child in reversed(found):
-            is_last = child == found[-1]
-            ends = ("└─ ", "   ") if is_last else ("├─ ", "│  ")
-            stack.append((below + ends[0], below + ends[1], child))
+            ends = ("└─ ", "   ") if child == found[-1] else ("├─ ", "│  ")
+            stack.append(Line(line.below + ends[0], line.below + ends[1], child))
     return lines
 
 

@@ -6,13 +6,13 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from app.cli.client import DEFAULT_URL, Api, AsJson, Url, pages, path_of
 from app.cli.errors import UsageError
 from app.cli.inputs import parse_json, read_text
 from app.cli.output import as_json as json_text
-from app.cli.output import console, out, out_json, plain
+from app.cli.output import out, out_json
+from app.cli.render import table_lines
 
 capabilities = typer.Typer(help="Look up and register capabilities: list, show, register.")
 facets = typer.Typer(help="Look up facets: list, show.")
@@ -43,7 +43,10 @@ def list_capabilities(
         )
         for entry in found
     ]
-    _table(("capability", "version", "kind", "effect", "status", "takes", "makes"), rows)
+    for line in table_lines(
+        ("capability", "version", "kind", "effect", "status", "takes", "makes"), rows
+    ):
+        out(line)
 
 
 @capabilities.command("show")
@@ -99,7 +102,8 @@ def list_facets(as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
         )
         for entry in found
     ]
-    _table(("facet", "version", "direction", "description"), rows)
+    for line in table_lines(("facet", "version", "direction", "description"), rows):
+        out(line)
 
 
 @facets.command("show")
@@ -119,12 +123,3 @@ def show_facet(
         if line:
             out(line)
     out(json_text(found["schema"]))
-
-
-def _table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in names:
-        table.add_column(name, no_wrap=name != "description")
-    for row in rows:
-        table.add_row(*(plain(cell) for cell in row))
-    console().print(table, soft_wrap=not console().is_terminal)

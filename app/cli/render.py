@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.text import Text
 
 from app.cli.output import as_json, console, plain
@@ -18,7 +20,7 @@ SYMBOLS = {
     "blocked": ("■", "magenta"),
     "done": ("✓", "green"),
     "failed": ("✗", "red"),
-    "skipped": ("–", "dim"),
+    "skipped": ("-", "dim"),
 }
 RUN_STYLES = {
     "running": "yellow",
@@ -28,6 +30,7 @@ RUN_STYLES = {
     "awaiting_human": "magenta",
     "paused": "magenta",
 }
+BUSY = frozenset({"running", "failed", "blocked"})
 GUIDED_DEPTH_MAX = 16
 WIDTH_MAX = 100
 DETAIL_CHARS_MAX = 160
@@ -53,8 +56,8 @@ def tree_lines(picture: Picture, *, lines_max: int | None = None) -> list[Text]:
     nodes = picture.nodes
     lines = laid_out({name: node.requires for name, node in nodes.items()}, GUIDED_DEPTH_MAX)
     if lines_max is None or len(lines) <= lines_max:
-        return [_node_line(guide, nodes[node_id]) for guide, node_id in lines]
-    busy = [n for _, n in lines if nodes[n].status in ("running", "failed", "blocked")]
+        return [_node_line(line.guide, nodes[line.node_id]) for line in lines]
+    busy = [line.node_id for line in lines if nodes[line.node_id].status in BUSY]
     shown = busy[: max(lines_max - 1, 0)]
     counts = Counter(node.status for node in nodes.values())
     summary = "  ".join(f"{SYMBOLS[s][0]} {counts[s]} {s}" for s in SYMBOLS if counts[s])
@@ -190,6 +193,15 @@ def _wrapped(text: str, first: str = "", rest: str = "") -> list[str]:
     return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=rest)
 
 
+def table_lines(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[Text]:
+    """Columns as wide as what stands in them: ids stay whole, whatever the terminal."""
+    cells = [[plain(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(names, *cells, strict=True)]
+    for number, row in enumerate([list(names), *cells]):
+        padded = (cell + " " * (w - cell_len(cell)) for cell, w in zip(row, widths, strict=True))
+        yield Text("  ".join(padded).rstrip(), style="dim" if number == 0 else "")
+
+
 # --- plans ----------------------------------------------------------------------------------------
 
 
@@ -201,14 +213,17 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[Text]:
         proofs.setdefault(step["node_id"], []).append(step)
     nodes = {node["id"]: node for node in plan["nodes"]}
     requires = {name: tuple(node["requires"]) for name, node in nodes.items()}
-    for guide, node_id in laid_out(requires, GUIDED_DEPTH_MAX):
+    lines = laid_out(requires, GUIDED_DEPTH_MAX)
+    # The guide to the nodes below a node also runs past its proof.
+    followed = {a.node_id for a, b in itertools.pairwise(lines) if len(b.guide) > len(a.guide)}
+    for guide, below, node_id in lines:
         node = nodes[node_id]
         line = Text(guide, style="dim")
         line.append(plain(node_id), style="bold")
         version = f"{plain(node['capability_id'])} {plain(node['capability_version'])}"
         line.append(f"  {version}  {node['effect']}", style="dim")
         yield line
-        indent = " " * (len(guide) + 3)
+        indent = f"{below}│    " if node_id in followed else f"{below}     "
         yield from (_proof_line(indent, step) for step in proofs.get(node_id, ()))
     outputs = [step for name, steps in proofs.items() if name not in nodes for step in steps]
     if outputs:
@@ -219,7 +234,8 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[Text]:
 def _proof_line(indent: str, step: dict[str, Any]) -> Text:
     key = step["key"] or "(whole)"
     source = "the given value" if step["source"] is None else f"{step['source']}{step['pointer']}"
-    line = Text(f"{indent}{plain(key)} ← {plain(source)}")
+    line = Text(indent, style="dim")
+    line.append(f"{plain(key)} ← {plain(source)}")
     style = "yellow" if step["fit"] == "checked_at_run" else "green"
     line.append(f"  {step['fit']}", style=style)
     line.append(f"  {plain(step['why'])}", style="dim")

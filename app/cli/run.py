@@ -56,7 +56,7 @@ def run(
             body["metadata"] = {**(body.get("metadata") or {}), "label": label}
         if deadline is not None:
             body["constraints"] = {**(body.get("constraints") or {}), "deadline_s": deadline}
-        accepted = submit(api, body, idempotency_key or str(uuid.uuid4()))
+        accepted = submit(api, body, idempotency_key)
         run_id = accepted["run_id"]
         follower = Follower(api, run_id, say=err)
         try:
@@ -72,14 +72,13 @@ def run(
     raise typer.Exit(EXIT_OF_STATUS.get(finished["status"], ExitCode.FAILED))
 
 
-def submit(api: Api, envelope: dict[str, Any], key: str) -> dict[str, Any]:
+def submit(api: Api, envelope: dict[str, Any], key: str | None = None) -> dict[str, Any]:
     """Submit once, however often it takes: under one idempotency key the run is made only once."""
+    key = key or str(uuid.uuid4())
     tries = 1
     while True:
         try:
-            accepted: dict[str, Any] = api.post(
-                path_of("runs"), envelope, {"Idempotency-Key": key}
-            )
+            accepted: dict[str, Any] = api.post(path_of("runs"), envelope, {"Idempotency-Key": key})
             return accepted
         except (Unreachable, ApiProblem) as error:
             pause_s = _worth_another_try(error)

@@ -6,26 +6,26 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from app.cli.client import DEFAULT_URL, Api, AsJson, Url, pages, path_of
+from app.cli.client import DEFAULT_URL, Api, AsJson, Params, Url, pages, path_of
 from app.cli.errors import ExitCode, UsageError
 from app.cli.follow import Follower, Wanted
 from app.cli.inputs import assignment, json_or_file
-from app.cli.output import console, err, out, out_json, plain
+from app.cli.output import err, out, out_json
 from app.cli.picture import picture_of
-from app.cli.render import RUN_STYLES, event_line, plan_lines, tree_lines
+from app.cli.render import RUN_STYLES, event_line, plan_lines, table_lines, tree_lines
 from app.cli.run import print_result
 
 PAGE = 1_000
+OBJECTIVE_CHARS_MAX = 80
 DECISIONS = ("done", "retry", "fail")
 
 RunId = Annotated[str, typer.Argument(help="Id of the run.", show_default=False)]
 
 
 def runs(
-    status: Annotated[list[str] | None, typer.Option(help="Only of this status; repeatable.")] = None,
+    status: Annotated[list[str] | None, typer.Option(help="Only these; repeatable.")] = None,
     label: Annotated[str | None, typer.Option(help="Only with this label.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
     as_json: AsJson = False,
@@ -41,18 +41,18 @@ def runs(
     if not found:
         out("No runs.")
         return
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("run", "status", "created", "label", "objective"):
-        table.add_column(name, no_wrap=name != "objective")
-    for run in found:
-        table.add_row(
+    rows = [
+        (
             run["run_id"],
-            Text(run["status"], style=RUN_STYLES.get(run["status"], "")),
+            run["status"],
             run["created_at"][:19] + "Z",
-            plain(run["label"] or ""),
-            plain(" ".join(run["objective"].split())[:200]),
+            run["label"] or "",
+            " ".join(run["objective"].split())[:OBJECTIVE_CHARS_MAX],
         )
-    console().print(table, soft_wrap=not console().is_terminal)
+        for run in found
+    ]
+    for line in table_lines(("run", "status", "created", "label", "objective"), rows):
+        out(line)
 
 
 def show(
@@ -111,7 +111,7 @@ def stored_events(
 ) -> Iterator[dict[str, Any]]:
     """The events that are there now."""
     while True:
-        params = {**wanted.params(), "after": after, "limit": PAGE}
+        params: Params = {**wanted.params(), "after": after, "limit": PAGE}
         page = api.get(path_of("runs", run_id, "events"), params)
         yield from page["events"]
         if len(page["events"]) < PAGE:
@@ -123,7 +123,7 @@ def tail(
     run_id: RunId,
     types: Annotated[
         list[str] | None,
-        typer.Option("--type", metavar="TYPE", help="Only this type, such as NODE_DONE; repeatable."),
+        typer.Option("--type", metavar="TYPE", help="Such as NODE_DONE; repeatable."),
     ] = None,
     nodes: Annotated[
         list[str] | None, typer.Option("--node", metavar="NODE", help="Only this node; repeatable.")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import importlib
 import ipaddress
+import logging
 import os
 import signal
 import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +28,7 @@ from app.cli.config import (
     load_settings,
     masked,
 )
+from app.cli.database import migrate_database
 from app.cli.errors import PORT_IN_USE, CliError, ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -54,26 +58,22 @@ def serve(
 
     Exit code: 0 stopped in order, 2 refused, 3 the database is not ready, 4 the port is taken.
     """
+    # Nothing that a start makes becomes garbage; looking for it would take a sixth of the start.
+    gc.disable()
     settings = load_settings(
         host=host, port=port, data_dir=data_dir, database_url=database_url, log_level=log_level
     )
     _configure_log(settings)
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGINT, _leave)
+    way_out = _WayOut()
+    signal.signal(signal.SIGTERM, way_out)
+    signal.signal(signal.SIGINT, way_out)
     listeners = _listen(settings)
     # The app takes a second to import, the database about as long to start: side by side.
     threading.Thread(target=importlib.import_module, args=("app.main",)).start()
     with database_errors(), database_of(settings) as dsn:
         if settings.database_url is None:
-            from app.cli.database import _migrate  # noqa: PLC0415 - slow, see there
-
-            asyncio.run(_migrate(dsn))
-        _run(settings, dsn, listeners)
-
-
-def _leave(_signal: int, _frame: FrameType | None) -> None:
-    """A signal before the service is up: go, and stop what was started on the way out."""
-    raise SystemExit(ExitCode.OK)
+            asyncio.run(migrate_database(dsn))
+        _run(settings, dsn, listeners, way_out)
 
 
 def _configure_log(settings: Settings) -> None:
@@ -95,7 +95,7 @@ def _listen(settings: Settings) -> list[socket.socket]:
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except socket.gaierror as error:
-        raise UsageError(f"{settings.host!r} is no address to listen on: {error.strerror}.") from None
+        raise UsageError(f"{settings.host!r} is no address here: {error.strerror}.") from None
     addresses = sorted({(family, where[0]) for family, _, _, _, where in found})
     if not settings.allow_unauthenticated:
         _refuse_public(settings.host, [str(address) for _, address in addresses])
@@ -142,49 +142,29 @@ def _can_not_bind(host: str, port: int, error: OSError) -> CliError:
 # --- the service ----------------------------------------------------------------------------------
 
 
-def _run(settings: Settings, dsn: str, listeners: list[socket.socket]) -> None:
-    """Serve until a signal; the way out is in order unless a second SIGINT comes."""
-    from app.main import create_app, make_server  # noqa: PLC0415 - imported beside the database
+class _WayOut:
+    """What a signal means while uvicorn does not have it.
 
-    app = create_app(settings, dsn)
-    failure = _Failure(app)
-    server = make_server(app, settings)
-    # uvicorn hands signals on when it is done with them; by then they have had their effect.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    url = _url(settings.host, listeners[0])
-    where = _where(settings)
-    try:
-        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-            runner.run(_serve(server, listeners, f"Flexrun is ready at {url} ({where})", failure))
-    except SystemExit:
-        # uvicorn's way to say that the app did not start.
-        if failure.error is None:
-            raise
-        raise failure.error from None
+    Before: leave at once, and stop on the way out what was started. After: nothing, since uvicorn
+    hands on the signals that it has heeded already.
+    """
+
+    is_over = False
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        if not self.is_over:
+            raise SystemExit(ExitCode.OK)
 
 
-async def _serve(
-    server: Server, listeners: list[socket.socket], ready_line: str, failure: _Failure
-) -> None:
-    serving = asyncio.create_task(server.serve(sockets=listeners))
-    while not server.started and not serving.done():
-        await asyncio.sleep(LISTEN_LOOK_S)
-    failure.is_over_start()
-    if server.started and not server.should_exit:
-        signal.signal(signal.SIGINT, _handler(server))
-        print(ready_line, flush=True)
-    await serving
-
-
-class _Failure:
-    """Why the app did not start. uvicorn would only log it, as a traceback."""
+class _StartWatch:
+    """Keeps why the app did not start. uvicorn would only log it, as a traceback."""
 
     def __init__(self, app: FastAPI) -> None:
         self.error: Exception | None = None
+        self._log = logging.getLogger("uvicorn.error")
+        self._log.disabled = True
         self._inner = app.router.lifespan_context
         app.router.lifespan_context = self._lifespan
-        self._log_disabled(disabled=True)
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -195,23 +175,54 @@ class _Failure:
             self.error = error
             raise
 
-    def is_over_start(self) -> None:
-        """From now on uvicorn may log again."""
-        self._log_disabled(disabled=False)
-
-    @staticmethod
-    def _log_disabled(*, disabled: bool) -> None:
-        import logging  # noqa: PLC0415
-
-        logging.getLogger("uvicorn.error").disabled = disabled
+    def end(self) -> None:
+        """The start is over: uvicorn may log again."""
+        self._log.disabled = False
 
 
-def _url(host: str, listener: socket.socket) -> str:
-    shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{listener.getsockname()[1]}"
+def _run(settings: Settings, dsn: str, listeners: list[socket.socket], way_out: _WayOut) -> None:
+    """Serve until a signal, and leave in order unless a second SIGINT comes."""
+    from app.main import create_app, make_server  # noqa: PLC0415 - imported beside the database
+
+    app = create_app(settings, dsn)
+    watch = _StartWatch(app)
+    server = make_server(app, settings)
+
+    async def serve_until_signal() -> None:
+        serving = asyncio.create_task(server.serve(sockets=listeners))
+        await asyncio.sleep(0)  # with its first step uvicorn takes the signals
+        way_out.is_over = True
+        while not server.started and not serving.done():  # noqa: ASYNC110 - nobody is told
+            await asyncio.sleep(LISTEN_LOOK_S)
+        watch.end()
+        gc.freeze()
+        gc.enable()
+        if server.started and not server.should_exit:
+            signal.signal(signal.SIGINT, partial(_interrupted, server))
+            print(_ready_line(settings, listeners[0]), flush=True)
+        await serving
+
+    try:
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(serve_until_signal())
+    except SystemExit:
+        # So uvicorn says that the app did not start.
+        if watch.error is None:
+            raise
+        raise watch.error from None
 
 
-def _where(settings: Settings) -> str:
+def _interrupted(server: Server, sig: int, frame: FrameType | None) -> None:
+    """The first Ctrl-C drains, the next one does not wait: the journal is whole at any moment."""
+    if server.should_exit:
+        os._exit(ExitCode.INTERRUPTED)
+    server.handle_exit(sig, frame)
+
+
+def _ready_line(settings: Settings, listener: socket.socket) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
     if settings.database_url is None:
-        return f"data in {settings.data_dir}"
-    return f"database {masked(settings.database_url.get_secret_value())}"
+        where = f"data in {settings.data_dir}"
+    else:
+        where = f"database {masked(settings.database_url.get_secret_value())}"
+    return f"Flexrun is ready at http://{host}:{listener.getsockname()[1]} ({where})"

@@ -81,7 +81,9 @@ def _deadline_exceeded(state: RunState) -> Event:
     return Event(
         EventType.RUN_FAILED,
         {
-            "error": error_data("deadline_exceeded", "The run's deadline passed before it was done."),
+            "error": error_data(
+                "deadline_exceeded", "The run's deadline passed before it was done."
+            ),
             "failed_nodes": list(state.failed),
             "unfinished_nodes": [*state.running, *state.waiting, *ready_set(state)],
         },
@@ -277,7 +279,9 @@ def recover(state: RunState) -> tuple[list[Event], list[str]]:
         return events, again
     for node_id in state.running:
         if state.plan.nodes[node_id].effect is Effect.AT_MOST_ONCE:
-            error = error_data("unknown_outcome", "The worker stopped while the call was under way.")
+            error = error_data(
+                "unknown_outcome", "The worker stopped while the call was under way."
+            )
             events.append(unknown_outcome(node_id, state.nodes[node_id].attempt, error))
         else:
             again.append(node_id)

@@ -8,11 +8,9 @@ its depth and the work it can cause. `format` is an annotation, as the standard 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from threading import Lock
 from typing import Any, Never
 
 import jsonschema_rs
@@ -280,36 +278,38 @@ def _pointer_of(path: list[str | int]) -> str:
 
 
 def _cut(text: str, chars_max: int = MESSAGE_CHARS_MAX) -> str:
-    return text if len(text) <= chars_max else text[: chars_max - 1] + "…"
+    # Half an escape at the end would make a pointer malformed.
+    return text if len(text) <= chars_max else text[: chars_max - 1].rstrip("~") + "…"
 
 
 class _Cache:
-    """Compiled schemas by hash, least recently used out first, bounded by their weight in bytes."""
+    """Compiled schemas by hash, bounded by their weight in bytes.
+
+    Two generations: when the young one weighs half the bound it becomes the old one, and what was
+    old and not asked for since is dropped. Large envelopes are checked in threads; this needs no
+    lock, because the worst that a race does is to forget a schema.
+    """
 
     def __init__(self, weight_max: int) -> None:
         self._weight_max = weight_max
         self._weight = 0
-        self._kept: OrderedDict[tuple[bytes, int], tuple[Validator, int]] = OrderedDict()
-        # Large envelopes are checked in threads.
-        self._lock = Lock()
+        self._young: dict[tuple[bytes, int], tuple[Validator, int]] = {}
+        self._old: dict[tuple[bytes, int], tuple[Validator, int]] = {}
 
     def get(self, key: tuple[bytes, int]) -> Validator | None:
-        with self._lock:
-            found = self._kept.get(key)
+        found = self._young.get(key)
+        if found is None:
+            found = self._old.get(key)
             if found is None:
                 return None
-            self._kept.move_to_end(key)
-            return found[0]
+            self.put(key, *found)
+        return found[0]
 
     def put(self, key: tuple[bytes, int], validator: Validator, weight: int) -> None:
-        with self._lock:
-            if key in self._kept:
-                return
-            self._kept[key] = (validator, weight)
-            self._weight += weight
-            while self._weight > self._weight_max:
-                _, (_, dropped) = self._kept.popitem(last=False)
-                self._weight -= dropped
+        self._young[key] = (validator, weight)
+        self._weight += weight
+        if self._weight > self._weight_max // 2:
+            self._old, self._young, self._weight = self._young, {}, 0
 
 
 _cache = _Cache(CACHE_WEIGHT_MAX)

@@ -17,6 +17,7 @@ from uuid import UUID
 
 from app.domain.errors import FlexrunError
 from app.journal.frames import Frame, frame_of
+from app.kit.waiting import wait_at_most
 from app.store.events import EventReader
 
 log = logging.getLogger("flexrun.feed")
@@ -180,10 +181,7 @@ class Feed:
     async def _tail(self) -> None:
         """Bring every channel that is behind its head up to date, for ever."""
         while True:
-            try:
-                await asyncio.wait_for(self._nudge.wait(), POLL_S)
-            except TimeoutError:
-                pass
+            await wait_at_most(self._nudge, POLL_S)
             self._nudge.clear()
             try:
                 await self._catch_up()

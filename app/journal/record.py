@@ -232,7 +232,8 @@ class _Writer:
         self._wake.set()
         if self._task is not None:
             try:
-                await asyncio.wait_for(self._task, timeout=5)
+                async with asyncio.timeout(5):
+                    await self._task
             except TimeoutError:
                 log.error("the journal could not be written before shutdown")
         for pending in self._queue.values():

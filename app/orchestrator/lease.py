@@ -19,6 +19,7 @@ import asyncpg
 
 from app.journal.record import LeaseLost
 from app.kit.ids import new_id
+from app.kit.waiting import wait_at_most
 from app.store.leases import other_workers, register_worker, renew_lease
 
 log = logging.getLogger("flexrun.lease")
@@ -61,10 +62,7 @@ class Lease:
             left = self._good_until - time.monotonic()
             if left <= 0 or self.worker_id != worker_id:
                 raise LeaseLost("the worker's own lease ran out")
-            try:
-                await asyncio.wait_for(self._registered.wait(), timeout=left)
-            except TimeoutError:
-                continue
+            await wait_at_most(self._registered, left)
         if self.worker_id != worker_id:
             raise LeaseLost("the worker was registered anew")
 

@@ -30,6 +30,7 @@ from app.domain.contract import Contract, ContractSpec
 from app.domain.errors import Fault, NotFound, Unavailable
 from app.domain.facet import Facet
 from app.domain.json_schema import compile_schema
+from app.kit.waiting import wait_at_most
 from app.ports import CapabilityAdapter
 from app.registry import changes
 from app.registry.changes import FacetStored, Registered
@@ -287,9 +288,7 @@ class Registry:
     async def _keep_sweeping(self) -> None:
         is_away = False
         while not self._stopping.is_set():
-            try:
-                await asyncio.wait_for(self._stopping.wait(), self._sweep_s)
-            except TimeoutError:
+            if not await wait_at_most(self._stopping, self._sweep_s):
                 is_away = await self._sweep_once(was_away=is_away)
 
     async def _sweep_once(self, *, was_away: bool) -> bool:

@@ -72,6 +72,7 @@ class Database:
             max_overflow=5,
             pool_timeout=5,
             pool_pre_ping=True,
+            hide_parameters=True,  # errors in the log must not quote what callers sent
             connect_args={"server_settings": SESSION_SETTINGS, "command_timeout": 30},
         )
         return cls(dsn, hot, engine)
@@ -79,7 +80,8 @@ class Database:
     async def close(self) -> None:
         """Give every connection back; a connection that hangs is cut after 5 s."""
         try:
-            await asyncio.wait_for(self.hot.close(), timeout=5)
+            async with asyncio.timeout(5):
+                await self.hot.close()
         except TimeoutError:
             self.hot.terminate()
         await self.engine.dispose()

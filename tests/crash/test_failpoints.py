@@ -112,6 +112,10 @@ class Client:
 
     async def _follow(self, http: httpx.AsyncClient, run_id: str) -> bool:
         """Follow from the last frame seen; True at the end of the run."""
+        run = (await http.get(f"/v1/runs/{run_id}")).json()
+        if run["status"] == "awaiting_human":  # the pause was seen in an earlier life
+            waiting = [n["node_id"] for n in run["nodes"] if n["status"] == "blocked"]
+            await self._decide(http, run_id, waiting)
         last = max((seq for run, seq in self.log.frames if run == run_id), default=0)
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(last)}
         async with http.stream("GET", f"/v1/runs/{run_id}/events", headers=headers) as response:

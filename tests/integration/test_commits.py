@@ -108,5 +108,5 @@ async def test_commits_by_the_servers_count(
     for _ in range(runs):
         await run_to_end(services, envelope, hand_off=hand_off)
     counted = await settled_flushes(services, durable_postgres.dsn) - before
-    # Lease renewals do not wait for the disk; nothing else writes in between.
-    assert counted == runs * expected
+    # Lease renewals do not wait for the disk. A full WAL buffer or segment may flush on its own.
+    assert runs * expected <= counted <= runs * expected + 2

@@ -5,85 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import cast
 
 import pytest
-from sqlalchemy import text
 
-from app.adapters.capabilities.builtin import BuiltinAdapter, Pack
-from app.domain.capability import Capability, CapabilityKind, CapabilityStatus, Effect, Registration
-from app.domain.errors import Conflict, ContractError, Fault, NotFound, Unavailable, Unprocessable
-from app.ports import Call, CapabilityAdapter
+from app.domain.capability import CapabilityKind, CapabilityStatus, Registration
+from app.domain.errors import Conflict, ContractError, NotFound, Unavailable, Unprocessable
+from app.ports import CapabilityAdapter
 from app.registry.registry import DEFAULT_TENANT, Registry
 from app.store.database import Database
 from app.store.registry import RegistryStore
+from tests.registries import AnyHttp, registration, registry_over, silence, sql, started
 from tests.registry_samples import facet
 
 T = DEFAULT_TENANT
-
-
-class AnyHttp:
-    """Stands for the http adapter: refuses a registration whose config has `refuse`."""
-
-    def check(self, capability: Capability) -> list[Fault]:
-        if "refuse" in capability.registration.config:
-            return [Fault("config_refused", "this config is refused", "/config/refuse")]
-        return []
-
-
-def registration(capability_id: str = "far.side", **changes: Any) -> Registration:
-    return Registration.model_validate(
-        {
-            "capability_id": capability_id,
-            "version": "1.0.0",
-            "display_name": capability_id,
-            "summary": "A server under test.",
-            "kind": "http",
-            "effect": "idempotent",
-            "input_contract": {"facets": ["text"]},
-            "output_contract": {"facets": ["summary"]},
-            "heartbeat": {"interval_s": 10},
-            **changes,
-        }
-    )
-
-
-def pack(version: str = "1.0.0", **metadata: Any) -> Pack:
-    """A builtin `text.upper` with the facet it speaks of."""
-    made = Pack("texts", [facet("loud", **{"version": version, "owner": "flexrun", **metadata})])
-
-    @made.capability(
-        capability_id="text.upper",
-        version=version,
-        display_name="Upper",
-        summary="Upper case.",
-        effect=Effect.PURE,
-        inputs=["loud"],
-        outputs=["loud"],
-        inline=True,
-    )
-    def upper(call: Call) -> dict[str, Any]:
-        return {"loud": call.inputs["loud"].upper()}
-
-    return made
-
-
-def registry_over(database: Database, *packs: Pack) -> Registry:
-    adapters = {
-        CapabilityKind.BUILTIN: BuiltinAdapter(packs or [pack()]),
-        CapabilityKind.HTTP: cast(CapabilityAdapter, AnyHttp()),
-    }
-    return Registry(RegistryStore(database), adapters, sweep_s=3600)
-
-
-@asynccontextmanager
-async def started(registry: Registry) -> AsyncIterator[Registry]:
-    await registry.start()
-    try:
-        yield registry
-    finally:
-        await registry.close()
 
 
 @pytest.fixture
@@ -100,22 +35,6 @@ def registration_in(registry: Registry) -> Registration:
     capability = registry.image(T).newest("far.side")
     assert capability is not None
     return capability.registration
-
-
-async def sql(database: Database, statement: str, **values: Any) -> Any:
-    async with database.transaction() as connection:
-        result = await connection.execute(text(statement), values)
-        return result.all() if result.returns_rows else None
-
-
-async def silence(database: Database, seconds: int) -> None:
-    """Let every registered capability have been silent for so long, by the database clock."""
-    await sql(
-        database,
-        "update capabilities set last_seen_at = last_seen_at - make_interval(secs => :s),"
-        " expires_at = expires_at - make_interval(secs => :s)",
-        s=seconds,
-    )
 
 
 async def test_twenty_registrations_at_once_leave_one_row(
@@ -206,6 +125,18 @@ async def test_a_silent_capability_is_swept_and_comes_back(
     assert registry.image(T).newest("far.side") is not None
 
 
+async def test_all_processes_see_expiry_and_revival(database: Database, registry: Registry) -> None:
+    await registry.register(T, registration())
+    async with started(registry_over(database)) as other:
+        await silence(database, 31)
+        await registry.sweep()
+        await other.refresh()
+        assert other.image(T).newest("far.side") is None
+        await registry.heartbeat(T, "far.side")
+        await other.refresh()
+        assert other.image(T).newest("far.side") is not None
+
+
 async def test_a_heartbeat_moves_the_end_of_patience(
     database: Database, registry: Registry
 ) -> None:
@@ -292,91 +223,6 @@ async def test_a_facet_needs_a_sound_schema_and_known_dependencies(registry: Reg
     with pytest.raises(Unprocessable) as unknown:
         await registry.put_facet(T, facet("lonely", depends_on=["text", "nobody_knows"]))
     assert [fault.pointer for fault in unknown.value.faults] == ["/metadata/depends_on/1"]
-
-
-async def test_seeding_twice_changes_nothing(database: Database) -> None:
-    async with started(registry_over(database)) as registry:
-        await registry.seed(pack().facets(), pack().registrations())
-        image = registry.image(T)
-        assert image.newest("text.upper") is not None
-        await registry.seed(pack().facets(), pack().registrations())
-        assert registry.image(T) is image
-    async with started(registry_over(database)) as registry:
-        await registry.seed(pack().facets(), pack().registrations())
-        assert registry.image(T).revision == image.revision
-
-
-async def test_twenty_processes_seed_at_once(database: Database) -> None:
-    registries = [registry_over(database) for _ in range(20)]
-    await asyncio.gather(
-        *[each.seed(pack().facets(), pack().registrations()) for each in registries]
-    )
-    assert {each.image(T).revision for each in registries} == {2}
-
-
-async def test_the_newest_builtin_version_wins_and_an_old_one_is_not_planned(
-    database: Database,
-) -> None:
-    old, new = pack("1.9.0"), pack("1.10.0")
-    async with started(registry_over(database, old)) as registry:
-        await registry.seed(old.facets(), old.registrations())
-    async with started(registry_over(database, new)) as registry:
-        await registry.seed(new.facets(), new.registrations())
-        newest = registry.image(T).newest("text.upper")
-        assert newest is not None
-        assert newest.version == "1.10.0"
-        assert (await registry.facet(T, "loud")).version == "1.10.0"
-        gone = registry.image(T).get("text.upper", "1.9.0")
-        assert gone is not None
-        assert gone.status is CapabilityStatus.INACTIVE
-
-
-async def test_versions_seeded_together_keep_their_order(database: Database) -> None:
-    both = [pack("1.10.0"), pack("1.9.0")]
-    registrations = [found for each in both for found in each.registrations()]
-    adapters = {CapabilityKind.BUILTIN: cast(CapabilityAdapter, AnyHttp())}
-    async with started(Registry(RegistryStore(database), adapters)) as registry:
-        await registry.seed(both[0].facets(), registrations)
-        newest = registry.image(T).newest("text.upper")
-        assert newest is not None
-        assert newest.version == "1.10.0"
-
-
-async def test_seeding_respects_the_operator(
-    database: Database, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with started(registry_over(database)) as registry:
-        await registry.put_facet(T, facet("loud", {"type": "integer"}, owner="operator"))
-        mine = registration("text.upper", input_contract={"schema": {}})
-        await registry.put_facet(T, facet("summary"))
-        await registry.register(T, mine)
-        newer = pack("2.0.0")
-        await registry.seed(newer.facets(), pack().registrations())
-        assert (await registry.facet(T, "loud")).metadata.owner == "operator"
-        assert "operator's own" in caplog.text
-        kept = registry.image(T).get("text.upper", "1.0.0")
-        assert kept is not None
-        assert kept.registration == mine
-
-
-async def test_a_builtin_that_does_not_fit_is_left_out(
-    database: Database, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with started(registry_over(database)) as registry:
-        await registry.put_facet(T, facet("loud", direction="input", owner="operator"))
-        await registry.seed(pack().facets(), pack().registrations())
-        assert not registry.image(T).is_known("text.upper")
-        assert "builtin text.upper 1.0.0 is left out: DIRECTION_MISMATCH" in caplog.text
-
-
-async def test_a_builtin_is_not_replaced_from_outside(database: Database) -> None:
-    async with started(registry_over(database)) as registry:
-        await registry.seed(pack().facets(), pack().registrations())
-        both = {"facets": ["loud"]}
-        taken = registration("text.upper", input_contract=both, output_contract=both)
-        with pytest.raises(Conflict) as caught:
-            await registry.register(T, taken)
-        assert caught.value.code == "capability_is_builtin"
 
 
 async def test_another_process_is_seen_at_the_next_sweep(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import jsonschema_rs
@@ -17,22 +17,16 @@ from app.adapters.capabilities.builtin import BuiltinAdapter
 from app.api import capabilities, contracts, facets
 from app.api.errors import install_error_handlers
 from app.api.openapi import install_openapi
-from app.domain.capability import Capability, CapabilityKind, Registration
-from app.domain.errors import Fault
+from app.domain.capability import CapabilityKind, Registration
+from app.ports import CapabilityAdapter
 from app.registry.registry import Registry
 from app.store.database import Database
 from app.store.registry import RegistryStore
 from tests.conftest import make_settings
+from tests.registries import AnyHttp
 
 JSON = {"content-type": "application/json"}
 PROBLEM = "application/problem+json"
-
-
-class AnyHttp:
-    """Stands for the http adapter: has nothing against any config."""
-
-    def check(self, capability: Capability) -> list[Fault]:
-        return []
 
 
 def facet_body(name: str, schema: Any = None, **metadata: Any) -> dict[str, Any]:
@@ -64,7 +58,10 @@ def capability_body(capability_id: str = "far.side", **changes: Any) -> dict[str
 async def app(database: Database) -> AsyncIterator[FastAPI]:
     registry = Registry(
         RegistryStore(database),
-        {CapabilityKind.BUILTIN: BuiltinAdapter([]), CapabilityKind.HTTP: AnyHttp()},  # type: ignore[dict-item]
+        {
+            CapabilityKind.BUILTIN: BuiltinAdapter([]),
+            CapabilityKind.HTTP: cast(CapabilityAdapter, AnyHttp()),
+        },
         sweep_s=3600,
     )
     await registry.start()

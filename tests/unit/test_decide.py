@@ -30,7 +30,9 @@ RARE = ("rare", "1.0.0")
 SCARCE = ("scarce", "1.0.0")
 
 
-def _starts(story: Story, max_parallel: int = 16, free_slots: dict[tuple[str, str], int] | None = None) -> list[str]:
+def _starts(
+    story: Story, max_parallel: int = 16, free_slots: dict[tuple[str, str], int] | None = None
+) -> list[str]:
     decision = story.decide(max_parallel, free_slots=free_slots)
     return [e.node_id or "" for e in decision.events if e.type is EventType.NODE_START]
 
@@ -56,7 +58,8 @@ def test_a_run_that_is_not_running_is_left_alone(status: RunStatus) -> None:
 
 
 def test_deciding_changes_nothing() -> None:
-    story = story_of(plan_of(plan_node("A"), limited_node("B"), plan_node("C"), plan_node("D", "C")))
+    plan = plan_of(plan_node("A"), limited_node("B"), plan_node("C"), plan_node("D", "C"))
+    story = story_of(plan)
     story.fail("C")
     before = exact(deepcopy(story.state))
     first = story.decide(free_slots={RARE: 1})
@@ -129,7 +132,9 @@ def test_the_bound_counts_ready_limited_and_waiting_nodes_together() -> None:
 # Limited capabilities
 
 
-@pytest.mark.parametrize(("free", "expected"), [(0, []), (1, ["A"]), (2, ["A", "B"]), (9, ["A", "B"])])
+@pytest.mark.parametrize(
+    ("free", "expected"), [(0, []), (1, ["A"]), (2, ["A", "B"]), (9, ["A", "B"])]
+)
 def test_a_limited_capability_starts_as_many_as_it_has_free_slots(
     free: int, expected: list[str]
 ) -> None:
@@ -161,9 +166,7 @@ def test_each_limited_capability_has_slots_of_its_own() -> None:
 
 
 def test_waiting_nodes_get_only_the_slots_that_ready_ones_left() -> None:
-    plan = plan_of(
-        limited_node("V"), limited_node("W"), limited_node("A"), plan_node("B", "A")
-    )
+    plan = plan_of(limited_node("V"), limited_node("W"), limited_node("A"), plan_node("B", "A"))
     story = story_of(plan)
     for node_id in ("V", "W"):
         story.start(node_id)

@@ -38,9 +38,7 @@ def test_there_is_a_terminal_event_for_every_terminal_status() -> None:
     assert EventType.RUN_PAUSED not in TERMINAL_EVENTS
 
 
-def _reachable(
-    start: str, transitions: Mapping[RunStatus, frozenset[RunStatus]]
-) -> set[RunStatus]:
+def _reachable(start: str, transitions: Mapping[RunStatus, frozenset[RunStatus]]) -> set[RunStatus]:
     found: set[RunStatus] = set()
     stack = [RunStatus(start)]
     while stack:
