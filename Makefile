@@ -8,10 +8,10 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-VENV ?= .venv
+VENV := .venv
 PYTHON ?=
-ARGS ?=
-WORKERS ?= 2
+ARGS :=
+WORKERS := 2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq

@@ -36,8 +36,8 @@ from app.settings import Settings
 from app.store.database import SESSION_SETTINGS, Database, asyncpg_dsn, server_facts
 from app.store.events import EventReader
 from app.store.migrate import current_revision, head_revision
-from app.store.registry import RegistryStore
 from app.store.partitions import make_partitions, make_partitions_hot
+from app.store.registry import RegistryStore
 
 log = logging.getLogger("flexrun.bootstrap")
 

@@ -66,8 +66,8 @@ class Protocol(HttpToolsProtocol):
     """uvicorn's protocol, which also shows a stream its socket, so that it can cut a dead one."""
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()  # type: ignore[no-untyped-call]
-        self.scope["extensions"] = {TRANSPORT: self.transport}
+        super().on_message_begin()
+        self.scope["extensions"] = {TRANSPORT: {"transport": self.transport}}
 
 
 class Server(uvicorn.Server):
@@ -105,5 +105,3 @@ def make_server(app: FastAPI, settings: Settings) -> Server:
         backlog=4096,
     )
     return Server(config, begin_drain)
-
-

@@ -42,7 +42,8 @@ class Settings(BaseSettings):
         description="postgresql://… of the database; without it an embedded one is started.",
     )
     allow_unsafe_postgres: bool = Field(
-        False, description="For tests only: accept fsync, full_page_writes or synchronous_commit off."
+        False,
+        description="For tests only: accept fsync, full_page_writes or synchronous_commit off.",
     )
 
     # How much a process does at once.

@@ -106,7 +106,11 @@ class Worker:
         dead = await self._lease.dead_workers()
         failpoints.hit("claim.before_commit")
         claims = await claim_runs(
-            self._lease.session, self._lease.worker_id, dead, min(room, CLAIM_MAX)
+            self._lease.session,
+            self._lease.worker_id,
+            dead,
+            list(self._runner.handed_off),
+            min(room, CLAIM_MAX),
         )
         failpoints.hit("claim.after_commit")
         for claim in claims:
@@ -121,21 +125,21 @@ class Worker:
     async def _take_up(self, claim: Claim) -> None:
         """Load a claimed run and drive it. A database that is away is waited for."""
         failpoints.hit("recover.before_load")
-        while True:
+        run: DrivenRun | None = None
+        while run is None and not self._lease.fenced:
             try:
                 run = await self._load(claim)
-                break
             except FlexrunError as error:
                 log.warning("run %s can not be loaded yet: %s", claim.run_id, error.detail)
                 await asyncio.sleep(LOOK_EVERY_S)
-                if self._lease.fenced:
-                    return
         failpoints.hit("recover.after_load")
-        self._runner.start(run)
+        if run is not None:
+            self._runner.start(run)
 
     async def _load(self, claim: Claim) -> DrivenRun:
         stored = await load_run(self._reader, claim.tenant_id, claim.run_id)
-        assert stored is not None and stored.envelope is not None, claim
+        assert stored is not None, claim
+        assert stored.envelope is not None, claim
         image = self._runner.drive.image(stored.tenant_id)
         handle = RunHandle(
             claim.run_id,

@@ -1,4 +1,4 @@
-"""Alembic's entry point: runs the migrations on the connection that `app.store.migrate` passes in."""
+"""Alembic's entry point: migrates on the connection that `app.store.migrate` passes in."""
 
 from alembic import context
 

@@ -55,7 +55,12 @@ def wide(width: int, **more: Any) -> dict[str, Any]:
     nodes = [
         {"id": "root", "capability": "util.echo", "inputs": {"go": {"value": True}}},
         *(
-            {"id": n, "requires": ["root"], "capability": "util.echo", "inputs": {"n": {"value": n}}}
+            {
+                "id": n,
+                "requires": ["root"],
+                "capability": "util.echo",
+                "inputs": {"n": {"value": n}},
+            }
             for n in middle
         ),
         {"id": "join", "requires": middle, "capability": "util.echo", "inputs": {}},

@@ -46,8 +46,12 @@ class JournalKit:
     ) -> tuple[RunHandle, asyncio.Future[None]]:
         """A new run, born claimed; its handle and when it is durable."""
         handle = RunHandle(run_id or new_id(), epoch, 0, "0" * 32, recorded_epoch=epoch)
-        append = Append([Event(EventType.RUN_QUEUED, {"objective": "o", "lane": "standard"})],
-                        RunStatus.RUNNING, "w1", new_run=self._new_run(handle, key))
+        append = Append(
+            [Event(EventType.RUN_QUEUED, {"objective": "o", "lane": "standard"})],
+            RunStatus.RUNNING,
+            "w1",
+            new_run=self._new_run(handle, key),
+        )
         handle.stamp(append.events, now_ms())
         return handle, self.journal.record(handle, append)
 

@@ -42,9 +42,7 @@ class RunningService:
 
     async def finished(self, envelope: dict[str, Any]) -> dict[str, Any]:
         """POST a run and wait for its end."""
-        response = await self.client.post(
-            "/v1/runs", json=envelope, headers={"Prefer": "wait=30"}
-        )
+        response = await self.client.post("/v1/runs", json=envelope, headers={"Prefer": "wait=30"})
         assert response.status_code == 200, response.text
         found: dict[str, Any] = response.json()
         return found

@@ -1,4 +1,4 @@
-"""An independent reader of Server-Sent Events, written from WHATWG HTML 9.2.6, not from our encoder."""
+"""An independent reader of Server-Sent Events, written from WHATWG HTML 9.2.6."""
 
 from __future__ import annotations
 

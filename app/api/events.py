@@ -9,11 +9,11 @@ import orjson
 from fastapi import APIRouter, Query, Request, Response
 
 from app.api.deps import services_of, tenant_of
-from app.bootstrap import Services
 from app.api.errors import PROBLEMS
 from app.api.negotiate import accepts_stream
 from app.api.run_schemas import EventPage
 from app.api.stream import open_stream
+from app.bootstrap import Services
 from app.domain.errors import BadInput, NotFound
 from app.domain.events import EventType, Level
 from app.domain.run import TERMINAL

@@ -1,4 +1,4 @@
-"""Probes. `livez` is about the process only, `readyz` about what it needs, `startupz` about start."""
+"""Probes: `livez` is about the process alone, `readyz` about its needs, `startupz` about start."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Query, Request, Response
 
 from app.api.bodies import read_json_model
 from app.api.deps import services_of, tenant_of
-from app.bootstrap import Services
 from app.api.errors import PROBLEMS
 from app.api.plan_schemas import PlanDiff, PlanList, PlanResource
+from app.bootstrap import Services
 from app.domain.envelope import Envelope
 from app.domain.errors import NotFound
 from app.domain.plan_diff import diff_plans

@@ -73,7 +73,7 @@ async def debug_view(
     state = stored.state
     view = await run_view(services, stored)
     nodes = state.nodes
-    return redact(
+    found: dict[str, Any] = redact(
         {
             "run": view,
             "lease": {"epoch": stored.epoch, "owner": stored.owner, "head_seq": stored.seq},
@@ -99,6 +99,7 @@ async def debug_view(
             "trace_id": stored.trace_id,
         }
     )
+    return found
 
 
 def _nodes(state: RunState) -> list[dict[str, Any]]:

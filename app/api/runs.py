@@ -18,7 +18,6 @@ from fastapi import APIRouter, Query, Request, Response
 
 from app.api.bodies import read_body, read_json_model, validated
 from app.api.deps import services_of, tenant_of
-from app.bootstrap import Services
 from app.api.errors import PROBLEMS
 from app.api.negotiate import accepts_stream, preferred_wait_s
 from app.api.paging import decode_cursor, encode_cursor
@@ -32,6 +31,7 @@ from app.api.run_schemas import (
 )
 from app.api.run_views import accepted_view, debug_view, run_view
 from app.api.stream import open_stream, stream_of
+from app.bootstrap import Services
 from app.domain.envelope import Envelope
 from app.domain.errors import BadInput, ContractError, NotFound, PlanRejected, Unavailable
 from app.domain.run import RunStatus
@@ -140,9 +140,7 @@ def _location(run_id: UUID) -> dict[str, str]:
 
 
 def _json(status: int, content: Any, headers: dict[str, str] | None = None) -> Response:
-    return Response(
-        orjson.dumps(content), status, headers, media_type="application/json"
-    )
+    return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
 
 async def _replay(services: Services, tenant: str, run_id: UUID, headers: Any) -> Response:
@@ -303,7 +301,9 @@ async def get_node_output(request: Request, run_id: str, node_id: str) -> Respon
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ResumeBody"}}},
+            "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/ResumeBody"}}
+            },
         }
     },
 )

@@ -66,11 +66,9 @@ class EventStream(EventSourceResponse):
         self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        transport = (scope.get("extensions") or {}).get(TRANSPORT)
+        transport = (scope.get("extensions") or {}).get(TRANSPORT, {}).get("transport")
         try:
-            await send(
-                {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-            )
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await self._follow(send, transport)
         except TimeoutError:
             # The client reads nothing: cut the line; it resumes from its Last-Event-ID.
@@ -172,8 +170,6 @@ async def _send(send: Send, data: bytes, *, more: bool) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
-
-
 def stream_of(
     services: Services,
     channel: Channel,
@@ -181,7 +177,7 @@ def stream_of(
     wanted: Filter,
     headers: dict[str, str] | None = None,
 ) -> EventStream:
-    """A stream over a channel that was entered; it leaves it. Raises `Unavailable` (`server_busy`)."""
+    """A stream over a channel that was entered; it leaves it. Raises `Unavailable` (busy)."""
     if services.feed.readers > services.settings.streams_max:
         raise Unavailable("Too many open streams.", code="server_busy", retry_after_s=5)
     raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]

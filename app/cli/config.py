@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import typer
 
@@ -14,6 +14,8 @@ from app.cli.errors import CliError, ExitCode, UsageError
 
 if TYPE_CHECKING:
     from app.settings import Settings
+
+SCHEMES = ("postgresql", "postgres", "postgresql+asyncpg")
 
 DataDir = Annotated[
     Path | None,
@@ -37,11 +39,19 @@ def load_settings(**given: Any) -> Settings:
     from app.settings import Settings  # noqa: PLC0415
 
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         # Never the text of the error: it holds what was given, which may be a secret.
         wrong = [f"  {_variable(str(found['loc'][0]))}: {found['msg']}" for found in error.errors()]
-    raise UsageError("The settings are not valid:\n" + "\n".join(wrong))
+        raise UsageError("The settings are not valid:\n" + "\n".join(wrong)) from None
+    url = settings.database_url
+    if url is not None and _parts(url.get_secret_value()) is None:
+        raise UsageError(
+            "DATABASE_URL is no address of a Postgres.",
+            hint="It looks like postgresql://user:password@host:5432/name. Characters such as "
+            "@ : / # in the password are written as %40 %3A %2F %23.",
+        )
+    return settings
 
 
 def _variable(name: str) -> str:
@@ -54,15 +64,23 @@ def _variable(name: str) -> str:
 
 def masked(url: str) -> str:
     """A database address without its secrets, made only of the parts that hold none."""
+    parts = _parts(url)
+    if parts is None:
+        return "(no valid address)"
+    user = f"{parts.username}:***@" if parts.username else ""
+    port = f":{parts.port}" if parts.port else ""
+    return f"{parts.scheme}://{user}{parts.hostname or ''}{port}{parts.path}"
+
+
+def _parts(url: str) -> SplitResult | None:
+    """The parts of a database address; None when it is none, or hides a password elsewhere."""
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
+        # Reading the port is what checks it. A password with a bare "/" or "#" ends up behind it.
+        is_whole = (parts.port or 0) >= 0 and "@" not in parts.path + parts.query + parts.fragment
     except ValueError:
-        return "(set, but no valid address)"
-    if not parts.scheme or host is None or "@" in parts.path + parts.query + parts.fragment:
-        return "(set, but no valid address)"
-    user = f"{parts.username}:***@" if parts.username else ""
-    return f"{parts.scheme}://{user}{host}{f':{port}' if port else ''}{parts.path}"
+        return None
+    return parts if is_whole and parts.scheme in SCHEMES else None
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def doctor(
     """Check this installation. Exit code 0 when nothing is wrong, else 1."""
     problems = 0
     for check in _checks(url, database_url, data_dir):
-        mark = "PROBLEM" if check.is_problem else "ok"
+        mark = "PROBLEM" if check.is_problem else "note" if check.todo else "ok"
         out(f"{mark:<8} {check.name:<11} {check.detail}")
         if check.todo:
             out(f"{'':<8} {'':<11} → {check.todo}")
@@ -65,7 +65,7 @@ def _checks(url: str | None, database_url: str | None, data_dir: Path | None) ->
     try:
         settings = load_settings(database_url=database_url, data_dir=data_dir)
     except CliError as error:
-        yield Check("settings", error.message, True, "Correct the variables named above.")
+        yield Check("settings", error.message, True, error.hint or "Correct them.")
         return
     yield _settings(settings)
     if settings.database_url is None:

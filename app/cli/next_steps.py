@@ -12,7 +12,7 @@ from app.cli.client import DEFAULT_URL
 def next_steps(run: dict[str, Any], url: str) -> Iterator[str]:
     """Lines for the bottom of a report; none for a run that needs nothing."""
     run_id = run["run_id"]
-    at = "" if url == DEFAULT_URL else f" --url {shlex.quote(url)}"
+    at = url_option(url)
     if run["status"] == "awaiting_human":
         yield from _decisions(run, run_id, at)
     elif run["status"] == "failed":
@@ -21,6 +21,11 @@ def next_steps(run: dict[str, Any], url: str) -> Iterator[str]:
     elif run["status"] in ("queued", "running"):
         yield ""
         yield f"Watch it: flexrun tail {run_id} -f{at}"
+
+
+def url_option(url: str) -> str:
+    """What a suggested command needs to reach the same service."""
+    return "" if url == DEFAULT_URL else f" --url {shlex.quote(url)}"
 
 
 def _decisions(run: dict[str, Any], run_id: str, at: str) -> Iterator[str]:

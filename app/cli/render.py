@@ -40,6 +40,8 @@ def duration(ms: float | None) -> str:
     """A time span as people say it."""
     if ms is None:
         return ""
+    if ms < 0.1:
+        return "<0.1 ms"
     if ms < 1000:
         return f"{ms:.0f} ms" if ms >= 10 else f"{ms:.1f} ms"
     seconds = ms / 1000
@@ -66,7 +68,8 @@ def tree_lines(picture: Picture, *, lines_max: int | None = None) -> list[Text]:
 
 def _node_line(guide: str, node: NodeLook) -> Text:
     symbol, style = SYMBOLS.get(node.status, ("?", ""))
-    line = Text(guide, style="dim")
+    line = Text()
+    line.append(guide, style="dim")
     line.append(f"{symbol} ", style=style)
     line.append(plain(node.node_id), style="bold")
     line.append(f"  {plain(node.capability_id)}", style="dim")
@@ -218,7 +221,8 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[Text]:
     followed = {a.node_id for a, b in itertools.pairwise(lines) if len(b.guide) > len(a.guide)}
     for guide, below, node_id in lines:
         node = nodes[node_id]
-        line = Text(guide, style="dim")
+        line = Text()
+        line.append(guide, style="dim")
         line.append(plain(node_id), style="bold")
         version = f"{plain(node['capability_id'])} {plain(node['capability_version'])}"
         line.append(f"  {version}  {node['effect']}", style="dim")
@@ -234,7 +238,8 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[Text]:
 def _proof_line(indent: str, step: dict[str, Any]) -> Text:
     key = step["key"] or "(whole)"
     source = "the given value" if step["source"] is None else f"{step['source']}{step['pointer']}"
-    line = Text(indent, style="dim")
+    line = Text()
+    line.append(indent, style="dim")
     line.append(f"{plain(key)} ← {plain(source)}")
     style = "yellow" if step["fit"] == "checked_at_run" else "green"
     line.append(f"  {step['fit']}", style=style)

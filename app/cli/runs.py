@@ -12,6 +12,7 @@ from app.cli.client import DEFAULT_URL, Api, AsJson, Params, Url, pages, path_of
 from app.cli.errors import ExitCode, UsageError
 from app.cli.follow import Follower, Wanted
 from app.cli.inputs import assignment, json_or_file
+from app.cli.next_steps import url_option
 from app.cli.output import err, out, out_json
 from app.cli.picture import picture_of
 from app.cli.render import RUN_STYLES, event_line, plan_lines, table_lines, tree_lines
@@ -197,4 +198,4 @@ def resume(
     with Api(url) as api:
         answer = api.post(path_of("runs", run_id, "resume"), body)
     out(f"Accepted as signal {answer['signal_id']}.")
-    out(f"Watch it: flexrun tail {run_id} -f")
+    out(f"Watch it: flexrun tail {run_id} -f{url_option(api.url)}")

@@ -188,28 +188,33 @@ def _run(settings: Settings, dsn: str, listeners: list[socket.socket], way_out: 
     watch = _StartWatch(app)
     server = make_server(app, settings)
 
-    async def serve_until_signal() -> None:
-        serving = asyncio.create_task(server.serve(sockets=listeners))
-        await asyncio.sleep(0)  # with its first step uvicorn takes the signals
+    async def announce() -> None:
+        # This runs once uvicorn waits for something, and by then it has taken the signals.
         way_out.is_over = True
-        while not server.started and not serving.done():  # noqa: ASYNC110 - nobody is told
+        while not server.started:  # noqa: ASYNC110 - uvicorn tells nobody
             await asyncio.sleep(LISTEN_LOOK_S)
         watch.end()
         gc.freeze()
         gc.enable()
-        if server.started and not server.should_exit:
+        if not server.should_exit:
             signal.signal(signal.SIGINT, partial(_interrupted, server))
             print(_ready_line(settings, listeners[0]), flush=True)
-        await serving
 
-    try:
-        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-            runner.run(serve_until_signal())
-    except SystemExit:
-        # So uvicorn says that the app did not start.
-        if watch.error is None:
-            raise
-        raise watch.error from None
+    async def serve_until_signal() -> None:
+        announcing = asyncio.create_task(announce())
+        try:
+            await server.serve(sockets=listeners)
+        except SystemExit:
+            # So uvicorn says that the app did not start.
+            if watch.error is None:
+                raise
+        finally:
+            announcing.cancel()
+
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(serve_until_signal())
+    if watch.error is not None:
+        raise watch.error
 
 
 def _interrupted(server: Server, sig: int, frame: FrameType | None) -> None:

@@ -1,7 +1,7 @@
 """The errors of Flexrun's own vocabulary.
 
-Any floor may raise these; `api/errors.py` maps each to an HTTP status in one table, the CLI prints them.
-No error here may carry a secret or a raw exception text of a library.
+Any floor may raise these; `api/errors.py` maps each to an HTTP status in one table, the CLI prints
+them. No error here may carry a secret or a raw exception text of a library.
 
     FlexrunError
     ├── BadInput              the request can not be understood (malformed JSON, bad cursor)

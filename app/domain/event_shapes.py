@@ -236,7 +236,7 @@ def event_models() -> dict[EventType, type[BaseModel]]:
             name,
             __base__=EventShape,
             __doc__=(data.__doc__ or "").splitlines()[0],
-            type=(Literal[event_type.value], ...),
+            type=(Literal[event_type.value], ...),  # type: ignore[arg-type]  # made at run time
             data=(data, ...),
         )
     return found

@@ -1,7 +1,7 @@
 """The event vocabulary: what the journal can say about a run.
 
-An `Event` in memory is small and untyped in its `data`, because the hot path makes a dozen of them a
-run. What each `data` holds is declared in `EVENT_DATA`: the event table in `docs/EVENTS.md`, the
+An `Event` in memory is small and untyped in its `data`, because the hot path makes a dozen of them
+a run. What each `data` holds is declared in `EVENT_DATA`: the event table in `docs/EVENTS.md`, the
 OpenAPI union and the tests read the shapes from there.
 """
 

@@ -53,7 +53,11 @@ def encode_body(event: Event, run_id: str, trace_id: str, ts: str) -> bytes:
 def frame_of(seq: int, event_type: str, node_id: str | None, level: str, body: bytes) -> Frame:
     """The SSE frame around a stored body. JSON has no raw line breaks, so one `data:` line does."""
     return Frame(
-        seq, event_type, node_id, level, b"id: %d\nevent: %b\ndata: %b\n\n" % (seq, event_type.encode(), body)
+        seq,
+        event_type,
+        node_id,
+        level,
+        b"id: %d\nevent: %b\ndata: %b\n\n" % (seq, event_type.encode(), body),
     )
 
 

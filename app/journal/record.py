@@ -176,7 +176,9 @@ class Journal:
         frames: list[Frame] = []
         rows: list[tuple[int, str, str | None, int | None, str, str]] = []
         for event in append.events:
-            body = encode_body(event, handle.text_id, handle.trace_id, self._timestamps.text(event.ts))
+            body = encode_body(
+                event, handle.text_id, handle.trace_id, self._timestamps.text(event.ts)
+            )
             frames.append(frame_of(event.seq, event.type, event.node_id, event.level, body))
             rows.append(
                 (event.seq, event.type, event.node_id, event.attempt, event.level, body.decode())
@@ -325,9 +327,7 @@ class _Writer:
         assert self._connection is not None
         return await read_heads(self._connection, [pending.move.run_id for pending in batch])
 
-    async def _settle(
-        self, asked: list[_Pending], heads: dict[UUID, HeadRow]
-    ) -> list[_Pending]:
+    async def _settle(self, asked: list[_Pending], heads: dict[UUID, HeadRow]) -> list[_Pending]:
         """Zero rows is a question, not an answer: ask the head. Returns what must be sent again."""
         again: list[_Pending] = []
         for pending in asked:
@@ -348,7 +348,7 @@ class _Writer:
         return again
 
     async def _was_committed(self, pending: _Pending, head: HeadRow) -> bool:
-        """Whether this very append is in the journal: the head is there and so is our last event."""
+        """Whether this very append is in the journal: head and last event are ours."""
         move = pending.move
         if (head.epoch, head.seq) != (move.new_epoch, move.new_seq) or not move.events:
             return False

@@ -13,7 +13,9 @@ def now_ms() -> int:
 
 def rfc3339(ms: int) -> str:
     """`2026-11-21T09:30:00.123Z`."""
-    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03}Z"
+    return (
+        datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03}Z"
+    )
 
 
 def from_rfc3339(text: str) -> int:

@@ -1,7 +1,7 @@
 """Named points at which a test may kill this process, as a power cut would.
 
 In service nothing is armed and `hit` is one comparison. A test arms a point with
-`FLEXRUN_FAILPOINT=<name>[:<n>]`: the n-th time the point is reached the process sends itself SIGKILL.
+`FLEXRUN_FAILPOINT=<name>[:<n>]`: the n-th time the point is reached the process kills itself.
 The names are listed in `FAILPOINTS`; the crash test goes through all of them.
 """
 

@@ -134,26 +134,31 @@ class Commands:
         return Submission(run_id, run, run.accepted)
 
     def _queue(self, run: DrivenRun, start: list[Event]) -> None:
-        """No room: the run is stored ownerless, and claimed inside the first append of its drive."""
+        """No room: it is stored without owner, claimed inside the first append of its drive."""
         assert run.opening is not None
         opening, run.opening = run.opening, Append(start, RunStatus.RUNNING, None)
-        run.handle.stamp(opening.events, created_ms(run.handle.run_id))
+        run_id = run.handle.run_id
+        self.runner.handed_off.add(run_id)
+        run.handle.stamp(opening.events, created_ms(run_id))
         recorded = self.journal.record(run.handle, opening)
 
         def durable(done: asyncio.Future[None]) -> None:
             if done.cancelled():
                 return
             if (error := done.exception()) is not None:
+                self.runner.handed_off.discard(run_id)
                 run.refuse(error if isinstance(error, Exception) else RuntimeError())
                 return
             run.durable_seq = run.handle.seq
             run.accepted.set_result(None)
-            self.runner.hand_off(partial(_claim_inside_first_append, run, opening.events[0]))
+            self.runner.hand_off(run_id, partial(_claimed_inside, run, opening.events[0]))
 
         recorded.add_done_callback(durable)
 
-    async def accepted(self, submission: Submission, tenant_id: str, key: str | None) -> UUID | None:
-        """Wait until the run is durable. The id of the earlier run when the key is taken, else None.
+    async def accepted(
+        self, submission: Submission, tenant_id: str, key: str | None
+    ) -> UUID | None:
+        """Wait until the run is durable; the id of the earlier run when the key is taken.
 
         Raises `IdempotencyMismatch`, and `Unavailable` when the outcome stays unknown for long.
         """
@@ -226,7 +231,7 @@ class Commands:
         return signal_id
 
 
-def _claim_inside_first_append(run: DrivenRun, queued: Event) -> DrivenRun:
+def _claimed_inside(run: DrivenRun, queued: Event) -> DrivenRun:
     """Ready a queued run for its drive: the new epoch goes into the append that starts it."""
     run.state.seq, run.state.last_ts = queued.seq, queued.ts
     run.handle.epoch = 1
@@ -279,16 +284,14 @@ def _trace_of(traceparent: str | None) -> tuple[str, str]:
 def _check_decisions(
     state: RunState, decisions: Mapping[str, Mapping[str, Any]], image: RegistryImage
 ) -> None:
-    """Every decision must be about a node with an unknown outcome, and every such node needs one."""
+    """Decisions are about nodes with an unknown outcome, and every such node needs one."""
     faults: list[Fault] = []
     for node_id, given in decisions.items():
         pointer = f"/nodes/{node_id}"
         node = state.nodes.get(node_id)
         if node is None:
             faults.append(Fault("UNKNOWN_NODE", f"The plan has no node {node_id!r}.", pointer))
-        elif (
-            node.status is not NodeStatus.BLOCKED or node.reason != BlockReason.UNKNOWN_OUTCOME
-        ):
+        elif node.status is not NodeStatus.BLOCKED or node.reason != BlockReason.UNKNOWN_OUTCOME:
             message = f"Node {node_id!r} does not wait for a decision, it is {node.status}."
             faults.append(Fault("NODE_NOT_WAITING", message, pointer))
         elif given["decision"] == NodeDecision.DONE:

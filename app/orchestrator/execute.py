@@ -19,14 +19,13 @@ from typing import Any
 
 import orjson
 
-from app.domain.capability import Capability
+from app.domain.capability import Capability, CapabilityKind
 from app.domain.decide import Failure
 from app.domain.errors import Fault
 from app.domain.events import Event, EventType, Level
 from app.domain.plan import Bound, PlanNode
 from app.domain.state import CapabilityKey
 from app.kit import failpoints
-
 from app.kit.json_gate import JsonRefused, check_value
 from app.kit.json_pointer import PointerMissing, resolve
 from app.orchestrator.run import DrivenRun, Inbox, Outcome
@@ -81,7 +80,7 @@ class Executor:
 
     def __init__(
         self,
-        adapters: Mapping[str, CapabilityAdapter],
+        adapters: Mapping[CapabilityKind, CapabilityAdapter],
         image: Callable[[str], RegistryImage],
         limits: ExecutionLimits,
     ) -> None:
@@ -193,7 +192,7 @@ class Executor:
         adapter: CapabilityAdapter,
         emitted: list[Event],
     ) -> None:
-        """One attempt in a task of its own. Cancelled means: the run is no longer ours to record."""
+        """One attempt in a task. Cancelled means: the run is no longer ours to record."""
         started = time.perf_counter()
         try:
             failpoints.hit("call.before")
@@ -226,19 +225,21 @@ class Executor:
             check_value(output)
             raw = orjson.dumps(output)
         except (JsonRefused, TypeError) as error:
-            fault = Fault("NOT_JSON", f"The output is no JSON value: {error}.", node_id=call.node_id)
+            fault = Fault(
+                "NOT_JSON", f"The output is no JSON value: {error}.", node_id=call.node_id
+            )
             return self._invalid_output(call, (fault,), duration_ms)
         if len(raw) > self._limits.value_bytes_max:
-            message = f"The output has {len(raw)} bytes, {self._limits.value_bytes_max} are allowed."
+            message = (
+                f"The output has {len(raw)} bytes, {self._limits.value_bytes_max} are allowed."
+            )
             failure = Failure("value_too_large", message, retryable=False, duration_ms=duration_ms)
             return Outcome(call.node_id, failure=failure)
         if not contract.is_valid(output):
             return self._invalid_output(call, tuple(contract.violations(output)), duration_ms)
         return Outcome(call.node_id, output=output, raw=raw, duration_ms=duration_ms)
 
-    def _invalid_output(
-        self, call: Call, faults: tuple[Fault, ...], duration_ms: float
-    ) -> Outcome:
+    def _invalid_output(self, call: Call, faults: tuple[Fault, ...], duration_ms: float) -> Outcome:
         """The call ended, so its effect happened: only what may be repeated is tried again."""
         failure = Failure(
             "invalid_output",
@@ -265,7 +266,7 @@ class Executor:
         return Outcome(call.node_id, failure=failure)
 
     def _crashed(self, call: Call, error: Exception, started: float) -> Outcome:
-        """An adapter let an exception out: our fault or the function's. Its text stays in the log."""
+        """An adapter let an exception out: our fault or the function's. Its text stays here."""
         log.error("call of %s crashed", call.capability.capability_id, exc_info=error)
         crashed = CallFailed(
             "capability_crashed",
@@ -276,8 +277,10 @@ class Executor:
         return self._failed(call, crashed, started)
 
     def _backoff_ms(self, attempt: int, retry_after_s: float | None) -> int:
-        """Exponential with full jitter (Brooker, AWS, 2015), never earlier than the far side asks."""
-        ceiling = min(self._limits.backoff_base_ms * 2 ** (attempt - 1), self._limits.backoff_max_ms)
+        """Exponential with full jitter (Brooker, AWS, 2015), and what the far side asks for."""
+        ceiling = min(
+            self._limits.backoff_base_ms * 2 ** (attempt - 1), self._limits.backoff_max_ms
+        )
         delay = random.uniform(0, ceiling)
         if retry_after_s is not None:
             delay += retry_after_s * 1000
@@ -323,6 +326,3 @@ def _invalid_input(faults: tuple[Fault, ...]) -> Failure:
 
 def _since(started: float) -> float:
     return round((time.perf_counter() - started) * 1000, 3)
-
-
-

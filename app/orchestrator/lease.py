@@ -131,5 +131,3 @@ class Lease:
 def _lock_key(worker_id: str) -> int:
     """The second half of the advisory key: 31 bits of the id's random end."""
     return int(worker_id[-8:], 16) & 0x7FFFFFFF
-
-

@@ -124,5 +124,3 @@ async def last_event(reader: EventReader, run_id: UUID, seq: int) -> dict[str, A
         return None
     event: dict[str, Any] = orjson.loads(found[seq])
     return event
-
-

@@ -29,6 +29,7 @@ class Runner:
         self._driven: dict[UUID, tuple[DrivenRun, asyncio.Task[None]]] = {}
         self._backlog: deque[Callable[[], DrivenRun]] = deque()
         self.accepting = True
+        self.handed_off: set[UUID] = set()  # queued runs that this process will drive itself
         self.on_free: Callable[[], None] = lambda: None
 
     @property
@@ -50,15 +51,18 @@ class Runner:
         self._driven[run_id] = (run, task)
         task.add_done_callback(lambda _: self._ended(run_id))
 
-    def hand_off(self, make: Callable[[], DrivenRun]) -> None:
+    def hand_off(self, run_id: UUID, make: Callable[[], DrivenRun]) -> None:
         """Drive a run that is queued already, when there is room. `make` builds it then."""
         if self.room > 0:
             self.start(make())
         elif len(self._backlog) < self._backlog_max:
             self._backlog.append(make)
+        else:
+            self.handed_off.discard(run_id)  # too many wait here: any worker may claim it
 
     def _ended(self, run_id: UUID) -> None:
         self._driven.pop(run_id, None)
+        self.handed_off.discard(run_id)
         while self._backlog and self.room > 0:
             self.start(self._backlog.popleft()())
         if self.room > 0:
@@ -71,6 +75,7 @@ class Runner:
         """
         self.accepting = False
         self._backlog.clear()
+        self.handed_off.clear()
         tasks = [task for _, task in self._driven.values()]
         if tasks:
             await asyncio.wait(tasks, timeout=grace_s)

@@ -7,8 +7,8 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from app.domain.events import Event, EventType, Level, error_data
-from app.domain.run import NodeStatus, RunStatus
+from app.domain.events import BlockReason, Event, EventType, Level, error_data
+from app.domain.run import RunStatus
 from app.domain.state import RunState
 
 
@@ -59,8 +59,8 @@ def apply_resume(state: RunState, signal: Signal) -> tuple[list[Event], dict[str
     outputs: dict[str, Any] = {}
     for node_id, given in decisions.items():
         node = state.nodes.get(node_id)
-        if node is None or node.status is not NodeStatus.BLOCKED:
-            return [], {}, f"discarded: node {node_id!r} is not blocked"
+        if node is None or node.reason != BlockReason.UNKNOWN_OUTCOME:
+            return [], {}, f"discarded: node {node_id!r} does not wait for a decision"
         match NodeDecision(given["decision"]):
             case NodeDecision.DONE:
                 outputs[node_id] = given["output"]

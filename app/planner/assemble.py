@@ -15,6 +15,7 @@ Decided here, where the design is silent:
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -261,14 +262,15 @@ def _unreached(edge: Edge, task: _Task, found: Derivation, selection: Selection)
 def _within(task: _Task, found: Derivation, limits: PlanLimits) -> Draft:
     """The cheapest draft that is not too deep: without optional inputs if these make it so, and
     the shallowest if the cheapest is too deep as it is."""
-    for shallow in (False, True):
-        if shallow:
-            found = task.search(shallow=True)
-        calls = _pruned(task, found, shallow=shallow)
-        for optional in (True, False):
-            nodes, depth = _drafted(task, calls, optional=optional)
-            if depth <= limits.depth_max:
-                return Draft(Author.ASSEMBLER, nodes, _rationale(task, calls))
+    nodes: list[DraftNode] = []
+    calls: list[Call] = []
+    for shallow, optional in itertools.product((False, True), (True, False)):
+        if optional:  # the first try with this derivation
+            found = task.search(shallow=True) if shallow else found
+            calls = _pruned(task, found, shallow=shallow)
+        nodes, depth = _drafted(task, calls, optional=optional)
+        if depth <= limits.depth_max:
+            break
     return Draft(Author.ASSEMBLER, nodes, _rationale(task, calls))
 
 
@@ -332,7 +334,7 @@ def _drafted(task: _Task, calls: list[Call], *, optional: bool) -> tuple[list[Dr
             elif facet in made and (want.required or optional):
                 bindings[want.key] = made[facet]
         sources = [bound.source for bound in bindings.values() if bound.source in level]
-        requires = list(dict.fromkeys(source for source in sources if source is not None))
+        requires = list(dict.fromkeys(sources))
         node_id = _node_id(capability.capability_id, level)
         level[node_id] = 1 + max((level[source] for source in requires), default=0)
         nodes.append(

@@ -14,14 +14,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 
 if TYPE_CHECKING:
     from asyncpg import Connection
     from asyncpg.pool import PoolConnectionProxy
 
-    AnyConnection = Connection | PoolConnectionProxy
+    AnyConnection: TypeAlias = Connection | PoolConnectionProxy
 
 
 @dataclass(slots=True)
@@ -66,9 +66,7 @@ class HeadMove:
 
 async def append_batch(connection: AnyConnection, moves: list[HeadMove]) -> set[UUID]:
     """Write the batch; the ids of the runs whose head moved. Raises what asyncpg raises."""
-    sections = frozenset(
-        name for name in _OPTIONAL if any(getattr(move, name) for move in moves)
-    )
+    sections = frozenset(name for name in _OPTIONAL if any(getattr(move, name) for move in moves))
     arguments: list[Any] = []
     if "new_run" in sections:
         arguments += _new_run_columns(moves)
@@ -141,7 +139,7 @@ def _transpose(rows: list[tuple[Any, ...]], width: int) -> list[list[Any]]:
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-@functools.lru_cache(maxsize=2 ** len(_OPTIONAL))
+@functools.lru_cache(maxsize=32)
 def _statement(sections: frozenset[str]) -> str:
     """The statement with the parts that a batch needs; asyncpg keeps each one prepared."""
     parameters = _Parameters()

@@ -70,9 +70,7 @@ class EventReader:
             if values
         ]
         if wanted:
-            statement = statement.where(
-                and_(*wanted) | events.c.type.in_(sorted(TERMINAL_EVENTS))
-            )
+            statement = statement.where(and_(*wanted) | events.c.type.in_(sorted(TERMINAL_EVENTS)))
         async with self._database.read() as connection:
             rows = (await connection.execute(statement)).all()
         return [EventRow(*row) for row in rows]
@@ -97,7 +95,10 @@ class EventReader:
     async def run(self, tenant_id: str, run_id: UUID) -> RowMapping | None:
         """The run's own row and its head, joined; None when this tenant has no such run."""
         statement = (
-            select(runs, run_heads.c[("epoch", "seq", "owner", "takes", "wake_at", "status", "lane")])
+            select(
+                *runs.c,
+                *(run_heads.c[name] for name in ("epoch", "seq", "owner", "status", "lane")),
+            )
             .join(run_heads, run_heads.c.run_id == runs.c.run_id)
             .where(runs.c.run_id == run_id, runs.c.tenant_id == tenant_id)
         )
@@ -169,14 +170,11 @@ class EventReader:
             .order_by(runs.c.run_id.desc())
             .limit(limit)
         )
-        bounds = (
-            (before, lambda bound: runs.c.run_id < bound),
-            (created_before, lambda bound: runs.c.run_id < bound),
-            (created_after, lambda bound: runs.c.run_id >= bound),
-        )
-        for bound, condition in bounds:
-            if bound is not None:
-                statement = statement.where(condition(bound))
+        for upper in (before, created_before):
+            if upper is not None:
+                statement = statement.where(runs.c.run_id < upper)
+        if created_after is not None:
+            statement = statement.where(runs.c.run_id >= created_after)
         if status:
             statement = statement.where(run_heads.c.status.in_(status))
         if label is not None:

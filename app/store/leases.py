@@ -44,9 +44,7 @@ async def register_worker(
     connection: AnyConnection, worker_id: str, lock_key: int, host: str, pid: int
 ) -> bool:
     """Take the advisory lock and write the row, anew after a lost session. False: still locked."""
-    if not await connection.fetchval(
-        "select pg_try_advisory_lock($1, $2)", LOCK_CLASS, lock_key
-    ):
+    if not await connection.fetchval("select pg_try_advisory_lock($1, $2)", LOCK_CLASS, lock_key):
         return False
     await connection.execute(
         """insert into workers (worker_id, lease_until, pg_start, lock_key, started_at, host, pid)
@@ -104,12 +102,13 @@ async def other_workers(connection: AnyConnection, worker_id: str) -> list[Worke
 
 
 async def claim_runs(
-    connection: AnyConnection, worker_id: str, dead: list[str], limit: int
+    connection: AnyConnection, worker_id: str, dead: list[str], not_these: list[UUID], limit: int
 ) -> list[Claim]:
     """Take up to `limit` runs nobody drives, and those of dead workers, oldest first.
 
     Claimable is derived, never flagged: unfinished, without a live owner, and queued, or due to
     wake, or with a signal that waits. The new epoch is durable before anything of the run is read.
+    `not_these` are queued runs that this process starts itself.
     """
     rows = await connection.fetch(
         """with picked as materialized (
@@ -121,7 +120,8 @@ async def claim_runs(
                 or h.owner = any($2::text[])
                 or (h.owner is not null and h.owner <> $1 and not exists
                     (select from workers w where w.worker_id = h.owner)))
-            order by h.run_id limit $3
+            and h.run_id <> all($3::uuid[])
+            order by h.run_id limit $4
             for update of h skip locked)
         update run_heads h
         set owner = $1, epoch = h.epoch + 1, wake_at = null, takes = h.takes + 1
@@ -129,6 +129,7 @@ async def claim_runs(
         returning h.run_id, h.tenant_id, h.epoch, h.seq, p.owner""",
         worker_id,
         dead,
+        not_these,
         limit,
     )
     return [Claim(*row) for row in rows]

@@ -1,4 +1,4 @@
-"""Judges what a crash left behind, by the client's log, the tool's ledger and the database alone."""
+"""Judges what a crash left behind: by client log, tool ledger and database alone."""
 
 from __future__ import annotations
 

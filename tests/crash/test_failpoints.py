@@ -23,9 +23,7 @@ from tests.process import ServiceProcess, start_service
 from tests.sse import SseParser
 from tests.tools import Tool, answer, fail_once, hang_up, http_capability, running_tool
 
-RECOVERY_POINTS = [
-    point for point in FAILPOINTS if point.startswith(("recover.", "claim."))
-]
+RECOVERY_POINTS = [point for point in FAILPOINTS if point.startswith(("recover.", "claim."))]
 WORK_POINTS = [point for point in FAILPOINTS if point not in RECOVERY_POINTS]
 PATIENCE_S = 60.0
 
@@ -72,7 +70,8 @@ class Client:
 
     @property
     def url(self) -> str:
-        assert self.service is not None and self.service.url is not None
+        assert self.service is not None
+        assert self.service.url is not None
         return self.service.url
 
     async def register(self) -> None:
@@ -124,9 +123,7 @@ class Client:
             assert response.status_code == 200, await response.aread()
             return await self._read(http, run_id, response)
 
-    async def _read(
-        self, http: httpx.AsyncClient, run_id: str, response: httpx.Response
-    ) -> bool:
+    async def _read(self, http: httpx.AsyncClient, run_id: str, response: httpx.Response) -> bool:
         parser = SseParser()
         async for chunk in response.aiter_bytes():
             parser.feed(chunk)

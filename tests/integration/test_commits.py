@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -22,7 +21,12 @@ from tests.servers import start_postgres
 @pytest.fixture(scope="module")
 def durable_postgres(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A Postgres that flushes as in service, so that flushes can be counted."""
-    durable = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
+    durable = {
+        "fsync": "on",
+        "synchronous_commit": "on",
+        "full_page_writes": "on",
+        "wal_buffers": "64MB",
+    }
     with start_postgres(tmp_path_factory.mktemp("durable"), durable) as server:
         yield server
 

@@ -112,8 +112,18 @@ async def test_batches_in_opposite_order_do_not_deadlock(dsn: str) -> None:
         def moves(rows: list[RunHandle]) -> list[HeadMove]:
             # Both batches name the same runs; whoever comes second finds its fence moved.
             return [
-                HeadMove(h.run_id, h.day, 1, 1, 1, 2, RunStatus.RUNNING, "w1", None,
-                         events=[(2, "LOG", None, None, "INFO", "{}")])
+                HeadMove(
+                    h.run_id,
+                    h.day,
+                    1,
+                    1,
+                    1,
+                    2,
+                    RunStatus.RUNNING,
+                    "w1",
+                    None,
+                    events=[(2, "LOG", None, None, "INFO", "{}")],
+                )
                 for h in rows
             ]
 
@@ -264,8 +274,18 @@ async def test_an_attempt_has_one_result_whatever_the_code_believes(dsn: str) ->
 
         def done(seq: int) -> HeadMove:
             row = (seq, "NODE_DONE", "A", 1, "INFO", "{}")
-            return HeadMove(handle.run_id, handle.day, 1, seq - 1, 1, seq, RunStatus.RUNNING,
-                            "w1", None, events=[row])
+            return HeadMove(
+                handle.run_id,
+                handle.day,
+                1,
+                seq - 1,
+                1,
+                seq,
+                RunStatus.RUNNING,
+                "w1",
+                None,
+                events=[row],
+            )
 
         assert await append_batch(connection, [done(2)]) == {handle.run_id}
         with pytest.raises(asyncpg.UniqueViolationError):

@@ -164,7 +164,7 @@ class OwnDict(dict[str, Any]):
         ({"a": (1, 2)}, "JSON_NOT_JSON", "/a"),
         ([{1}], "JSON_NOT_JSON", "/0"),
         (b"x", "JSON_NOT_JSON", ""),
-        (object(), "JSON_NOT_JSON", ""),
+        pytest.param(object(), "JSON_NOT_JSON", "", id="object"),
         (Word.HELLO, "JSON_NOT_JSON", ""),
         (OwnDict(), "JSON_NOT_JSON", ""),
     ],

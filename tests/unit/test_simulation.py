@@ -18,7 +18,7 @@ from app.domain.run import RunStatus
 from tests.plans import chain, diamond, plan_node, plan_of, wide
 from tests.simulator import CONCURRENCY, Scenario, Simulation, random_scenario
 
-SEEDS = range(600)
+SEEDS = range(1_000)
 _CHUNK = 100
 
 
@@ -66,7 +66,7 @@ def test_seeded_runs_keep_the_rules(first: int) -> None:
 def test_the_simulated_runs_meet_every_trouble_and_every_end() -> None:
     """The rules would hold for runs in which nothing happens, so a look at what did happen."""
     seen: Counter[str] = Counter()
-    for seed in range(100):
+    for seed in range(250):
         seen += Simulation(random_scenario(seed)).run().seen
     expected = {
         *("NODE_RETRY", "NODE_FAILED", "NODE_BLOCKED", "RUN_PAUSED", "RUN_RECOVERED"),
