@@ -2,7 +2,7 @@
 # as locked, with hashes, in requirements.txt (to run) and requirements-dev.txt (to test as well).
 #
 # VENV=folder puts the environment elsewhere, PYTHON=path picks the Python for a new one,
-# ARGS="…" is added to the command of run, demo, test and bench.
+# ARGS="…" is added to the command of run, demo, migrate, test, bench and lock.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -74,9 +74,9 @@ bench: $(VENV)/.dev ## Measure it on this machine
 	@$(PY) -m bench $(ARGS)
 
 .PHONY: lock
-lock: ## Resolve requirements*.in again, within their pins (needs uv)
-	@$(LOCK) requirements.in --output-file requirements.txt
-	@$(LOCK) requirements-dev.in --output-file requirements-dev.txt
+lock: ## Resolve requirements*.in again, keeping pins (ARGS=--upgrade does not; needs uv)
+	@$(LOCK) $(ARGS) requirements.in --output-file requirements.txt
+	@$(LOCK) $(ARGS) requirements-dev.in --output-file requirements-dev.txt
 
 .PHONY: clean
 clean: ## Remove the virtual environment and what tools left behind

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.api import capabilities, contracts, events, facets, health, plans, runs
 from app.api.errors import install_error_handlers
+from app.api.hot import HotRoutes
 from app.api.openapi import install_openapi
 from app.api.stream import TRANSPORT
 from app.bootstrap import open_services
@@ -90,7 +91,7 @@ def make_server(app: FastAPI, settings: Settings) -> Server:
             services.drain.begin()
 
     config = uvicorn.Config(
-        app,
+        HotRoutes(app),
         host=settings.host,
         port=settings.port,
         loop="uvloop",
@@ -98,6 +99,7 @@ def make_server(app: FastAPI, settings: Settings) -> Server:
         lifespan="on",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         date_header=False,
         timeout_graceful_shutdown=5,

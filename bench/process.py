@@ -1,4 +1,4 @@
-"""The service as a process of its own, with its default durable settings."""
+"""Processes under measurement: the service with its default durable settings, and stand-ins."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +19,17 @@ ROOT = Path(__file__).resolve().parent.parent
 READY = re.compile(rb"ready at http://\S+:(\d+)")
 START_S = 60.0
 STOP_S = 90.0
+SERVE = ("-m", "app.cli.main", "serve", "--port", "0")
+MIGRATE = ("-m", "app.cli.main", "migrate")
 
 
 class DidNotStart(RuntimeError):
-    """The process ended, or said nothing, before it was ready. The text is what it printed."""
+    """The process ended before it was ready. The text is what it printed."""
 
 
 @dataclass(slots=True)
-class Service:
-    """A running `flexrun serve`. `spawned_at` is wall-clock time, `ready_s` seconds since then."""
+class Running:
+    """A process that listens. `spawned_at` is wall-clock time, `ready_s` seconds since then."""
 
     process: asyncio.subprocess.Process
     port: int
@@ -41,14 +42,20 @@ class Service:
         """Resident bytes of the process itself; Postgres is not in it."""
         return int(psutil.Process(self.process.pid).memory_info().rss)
 
+    @property
+    def cpu_s(self) -> float:
+        """Seconds of CPU that the process has used, its own and the kernel's for it."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
+
     async def stop(self) -> None:
-        """SIGTERM, then SIGKILL for one that does not end."""
+        """SIGTERM, and SIGKILL for one that does not end."""
         if self.process.returncode is None:
             self.process.send_signal(signal.SIGTERM)
             try:
                 await asyncio.wait_for(self.process.wait(), STOP_S)
             except TimeoutError:
-                await self.kill()
+                self.process.kill()
         await self._ended()
 
     async def kill(self) -> None:
@@ -63,24 +70,12 @@ class Service:
             await self._drain
 
 
-async def start(
-    *, data_dir: Path | None = None, database_url: str | None = None, **settings: str
-) -> Service:
-    """Start the service on a free port of loopback and wait until it says that it is ready."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("FLEXRUN_") and name not in ("DATABASE_URL", "REDIS_URL")
-    }
-    environment |= {f"FLEXRUN_{name.upper()}": value for name, value in settings.items()}
-    command = [sys.executable, "-m", "app.cli.main", "serve", "--port", "0"]
-    if database_url is not None:
-        environment["DATABASE_URL"] = database_url
-    if data_dir is not None:
-        command += ["--data-dir", str(data_dir)]
+async def spawn(arguments: Sequence[str], environment: Mapping[str, str]) -> Running:
+    """Start Python with these arguments and wait until it prints where it is ready."""
     spawned_at, started = time.time(), time.perf_counter()
     process = await asyncio.create_subprocess_exec(
-        *command,
+        sys.executable,
+        *arguments,
         env=environment,
         cwd=ROOT,
         stdin=asyncio.subprocess.DEVNULL,
@@ -94,9 +89,60 @@ async def start(
             process.kill()
         await process.wait()
         raise
-    service = Service(process, port, spawned_at, time.perf_counter() - started)
-    service._drain = asyncio.create_task(_read_on(process))
-    return service
+    running = Running(process, port, spawned_at, time.perf_counter() - started)
+    running._drain = asyncio.create_task(_read_on(process))
+    return running
+
+
+async def start(
+    *, data_dir: Path | None = None, database_url: str | None = None, **settings: str
+) -> Running:
+    """Start the service on a free port of loopback and wait until it says that it is ready."""
+    arguments = list(SERVE)
+    if data_dir is not None:
+        arguments += ["--data-dir", str(data_dir)]
+    return await spawn(arguments, clean_environment(database_url, **settings))
+
+
+@asynccontextmanager
+async def running(
+    *, data_dir: Path | None = None, database_url: str | None = None, **settings: str
+) -> AsyncIterator[Running]:
+    """A service for the time of the block."""
+    service = await start(data_dir=data_dir, database_url=database_url, **settings)
+    try:
+        yield service
+    finally:
+        await service.stop()
+
+
+async def migrate(database_url: str) -> None:
+    """Bring a database to the newest schema, as an operator would. Raises `DidNotStart`."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *MIGRATE,
+        env=clean_environment(database_url),
+        cwd=ROOT,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await process.communicate()
+    if process.returncode != 0:
+        raise DidNotStart(said.decode(errors="replace"))
+
+
+def clean_environment(database_url: str | None = None, **settings: str) -> dict[str, str]:
+    """The caller's environment without its settings of the service, and these instead."""
+    found = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("FLEXRUN_") and name not in ("DATABASE_URL", "REDIS_URL")
+    }
+    found |= {f"FLEXRUN_{name.upper()}": value for name, value in settings.items()}
+    if database_url is not None:
+        found["DATABASE_URL"] = database_url
+    return found
 
 
 async def _port(process: asyncio.subprocess.Process) -> int:
@@ -114,22 +160,3 @@ async def _read_on(process: asyncio.subprocess.Process) -> None:
     assert process.stdout is not None
     while await process.stdout.read(1 << 16):
         pass
-
-
-@asynccontextmanager
-async def running(
-    *, data_dir: Path | None = None, database_url: str | None = None, **settings: str
-) -> AsyncIterator[Service]:
-    """A service for the time of the block."""
-    service = await start(data_dir=data_dir, database_url=database_url, **settings)
-    try:
-        yield service
-    finally:
-        await service.stop()
-
-
-@asynccontextmanager
-async def scratch() -> AsyncIterator[Path]:
-    """A folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="flexrun-bench-", ignore_cleanup_errors=True) as name:
-        yield Path(name)

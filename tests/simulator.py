@@ -30,7 +30,6 @@ from app.domain.run import NODE_TRANSITIONS, RUN_TRANSITIONS, NodeStatus, RunSta
 from app.domain.snapshot import state_as_dict, state_from_dict
 from app.domain.state import CapabilityKey, RunState, apply
 from app.journal.frames import decode_event, encode_body
-from app.kit.clock import rfc3339
 from app.orchestrator.signals import Signal, SignalKind, apply_resume
 from tests.plans import RUN_ID, START_MS, exact, fold, key_of, plan_node, plan_of
 
@@ -401,7 +400,7 @@ class Simulation:
 
     def _record(self, step: list[Event]) -> None:
         """Make the step durable; a crash keeps some prefix of it."""
-        bodies = [encode_body(event, RUN_ID, "", rfc3339(event.ts)) for event in step]
+        bodies = [encode_body(event, RUN_ID, "") for event in step]
         if self.rng.random() < self.scenario.crash:
             self.durable += bodies[: self.rng.randint(0, len(bodies))]
             self.seen["crash in the append"] += 1

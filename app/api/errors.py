@@ -15,7 +15,7 @@ from __future__ import annotations
 import http
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -219,12 +219,8 @@ def malformed_json(refused: JsonRefused) -> BadInput:
 
 def install_error_handlers(app: FastAPI) -> None:
     """Make every error of the app a problem."""
-    app.add_exception_handler(FlexrunError, _domain_error)
-    app.add_exception_handler(JsonRefused, _json_refused)
-    app.add_exception_handler(RequestValidationError, _invalid_request)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClientDisconnect, _client_left)
-    # Raised again after it was answered, so the server logs it a second time, without trace id.
+    for kind, handler in _HANDLERS.items():
+        app.add_exception_handler(kind, handler)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -232,6 +228,14 @@ def trace_id_of(request: Request) -> str | None:
     """The trace that the caller said this request belongs to."""
     found = _TRACEPARENT.fullmatch(request.headers.get("traceparent", ""))
     return None if found is None else found[1]
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """The problem for whatever a route raised: for routes that FastAPI does not call."""
+    for kind, handler in _HANDLERS.items():
+        if isinstance(error, kind):
+            return await handler(request, error)
+    return await _unexpected(request, error)
 
 
 async def _domain_error(request: Request, error: Exception) -> Response:
@@ -294,6 +298,13 @@ async def _unexpected(request: Request, error: Exception) -> Response:
     )
 
 
+_HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+    FlexrunError: _domain_error,
+    JsonRefused: _json_refused,
+    RequestValidationError: _invalid_request,
+    HTTPException: _http_error,
+    ClientDisconnect: _client_left,
+}
 _STATUSES = frozenset(http.HTTPStatus)
 
 

@@ -79,23 +79,23 @@ class EventStream(EventSourceResponse):
         finally:
             self._feed.leave(self._channel)
 
-    async def _follow(self, send: Send, transport: asyncio.Transport | None) -> None:
+    async def _follow(self, send: Send, transport: asyncio.WriteTransport | None) -> None:
         opening = _RETRY
         while True:
             data, is_over = await self._next()
             if opening or data or is_over:
                 failpoints.hit("stream.before_send")
-                await _send(send, opening + data, more=not is_over)
+                await _send(send, transport, opening + data, more=not is_over)
                 failpoints.hit("stream.after_send")
                 opening = b""
             if is_over or (transport is not None and transport.is_closing()):
                 return
             if self._drain.is_draining:
                 await asyncio.sleep(random.uniform(0, DRAIN_SPREAD_S))
-                await _send(send, _DRAINING, more=False)
+                await _send(send, transport, _DRAINING, more=False)
                 return
             if self._channel.last <= self._cursor and not await self._wait():
-                await _send(send, _HEARTBEAT, more=True)
+                await _send(send, transport, _HEARTBEAT, more=True)
 
     async def _next(self) -> tuple[bytes, bool]:
         """The bytes behind the cursor, and whether the stream is over with them."""
@@ -164,10 +164,16 @@ def _time_is_up(waiter: asyncio.Future[bool]) -> None:
         waiter.set_result(False)
 
 
-async def _send(send: Send, data: bytes, *, more: bool) -> None:
+async def _send(
+    send: Send, transport: asyncio.WriteTransport | None, data: bytes, *, more: bool
+) -> None:
     """One ASGI message. A client that takes nothing for `SEND_TIMEOUT_S` raises TimeoutError."""
+    message = {"type": "http.response.body", "body": data, "more_body": more}
+    if transport is not None and transport.get_write_buffer_size() == 0:
+        await send(message)  # all was taken so far: this can not have to wait
+        return
     async with asyncio.timeout(SEND_TIMEOUT_S):
-        await send({"type": "http.response.body", "body": data, "more_body": more})
+        await send(message)
 
 
 def stream_of(

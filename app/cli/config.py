@@ -86,7 +86,6 @@ def _parts(url: str) -> SplitResult | None:
 @contextmanager
 def database_errors() -> Iterator[None]:
     """Errors of the database and of its start, as sentences with what to do next."""
-    # With them come SQLAlchemy and asyncpg; `flexrun --help` needs neither.
     from app.domain.errors import FlexrunError  # noqa: PLC0415
     from app.store.embedded_files import EmbeddedPostgresError  # noqa: PLC0415
 

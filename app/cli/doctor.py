@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import platform
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,9 +139,11 @@ def _data_dir(folder: Path) -> Check:
 
 
 def _database(settings: Settings) -> Iterator[Check]:
+    from app.cli.upkeep import facts_of  # noqa: PLC0415 - heavy, see there
+
     try:
         with database_errors(), database_of(settings) as dsn:
-            facts = asyncio.run(_facts(dsn))
+            facts = facts_of(dsn)
     except CliError as error:
         todo = "Is it running, and are address, user and password right?"
         yield Check(
@@ -153,24 +153,6 @@ def _database(settings: Settings) -> Iterator[Check]:
     yield _postgres(facts)
     yield _durability(facts, settings)
     yield from _schema(facts, settings)
-
-
-async def _facts(dsn: str) -> dict[str, Any]:
-    # SQLAlchemy is slow to import.
-    from app.store.database import Database, server_facts  # noqa: PLC0415
-    from app.store.migrate import current_revision, head_revision  # noqa: PLC0415
-    from app.store.partitions import days_prepared  # noqa: PLC0415
-
-    database = await Database.open(dsn)
-    try:
-        async with database.read() as connection:
-            facts = await server_facts(connection)
-        facts["revision"] = await current_revision(database)
-        facts["head"] = head_revision()
-        facts["days"] = await days_prepared(database, datetime.now(UTC).date())
-        return facts
-    finally:
-        await database.close()
 
 
 def _postgres(facts: dict[str, Any]) -> Check:

@@ -21,7 +21,7 @@ GAP = "gap"
 """Not an event: retention took `data.from` to `data.to`."""
 
 PATIENCE_S = 120.0
-RETRY_MAX_S = 15.0
+RETRY_MAX_S = 5.0
 RETRY_DEFAULT_MS = 2_000
 
 

@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import gc
 import importlib
 import ipaddress
-import logging
-import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli.config import (
-    DatabaseUrl,
-    DataDir,
-    database_errors,
-    database_of,
-    load_settings,
-    masked,
-)
-from app.cli.database import migrate_database
+from app.cli.config import DatabaseUrl, DataDir, database_errors, database_of, load_settings
 from app.cli.errors import PORT_IN_USE, CliError, ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from app.main import Server
     from app.settings import Settings
-
-LISTEN_LOOK_S = 0.01
 
 
 def serve(
@@ -64,16 +45,20 @@ def serve(
         host=host, port=port, data_dir=data_dir, database_url=database_url, log_level=log_level
     )
     _configure_log(settings)
-    way_out = _WayOut()
+    way_out = WayOut()
     signal.signal(signal.SIGTERM, way_out)
     signal.signal(signal.SIGINT, way_out)
     listeners = _listen(settings)
     # The app takes a second to import, the database about as long to start: side by side.
-    threading.Thread(target=importlib.import_module, args=("app.main",)).start()
+    threading.Thread(target=importlib.import_module, args=("app.cli.service",)).start()
     with database_errors(), database_of(settings) as dsn:
         if settings.database_url is None:
-            asyncio.run(migrate_database(dsn))
-        _run(settings, dsn, listeners, way_out)
+            from app.cli.upkeep import migrate_database  # noqa: PLC0415 - heavy, see there
+
+            migrate_database(dsn)
+        from app.cli.service import run_service  # noqa: PLC0415 - the thread imports it
+
+        run_service(settings, dsn, listeners, way_out.end)
 
 
 def _configure_log(settings: Settings) -> None:
@@ -83,6 +68,24 @@ def _configure_log(settings: Settings) -> None:
         configure(settings.log_level.upper())
     except ValueError:
         raise UsageError(f"FLEXRUN_LOG_LEVEL: {settings.log_level!r} is no log level.") from None
+
+
+class WayOut:
+    """What a signal means while uvicorn does not have it.
+
+    Before: leave at once, and stop on the way out what was started. After: nothing, since uvicorn
+    hands on the signals that it has heeded already.
+    """
+
+    _is_over = False
+
+    def end(self) -> None:
+        """uvicorn has taken the signals."""
+        self._is_over = True
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        if not self._is_over:
+            raise SystemExit(ExitCode.OK)
 
 
 # --- the socket -----------------------------------------------------------------------------------
@@ -137,97 +140,3 @@ def _can_not_bind(host: str, port: int, error: OSError) -> CliError:
             "(--port 0 takes a free one)",
         )
     return UsageError(f"{host}:{port} can not be listened on: {error.strerror}.")
-
-
-# --- the service ----------------------------------------------------------------------------------
-
-
-class _WayOut:
-    """What a signal means while uvicorn does not have it.
-
-    Before: leave at once, and stop on the way out what was started. After: nothing, since uvicorn
-    hands on the signals that it has heeded already.
-    """
-
-    is_over = False
-
-    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
-        if not self.is_over:
-            raise SystemExit(ExitCode.OK)
-
-
-class _StartWatch:
-    """Keeps why the app did not start. uvicorn would only log it, as a traceback."""
-
-    def __init__(self, app: FastAPI) -> None:
-        self.error: Exception | None = None
-        self._log = logging.getLogger("uvicorn.error")
-        self._log.disabled = True
-        self._inner = app.router.lifespan_context
-        app.router.lifespan_context = self._lifespan
-
-    @asynccontextmanager
-    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        try:
-            async with self._inner(app):
-                yield
-        except Exception as error:
-            self.error = error
-            raise
-
-    def end(self) -> None:
-        """The start is over: uvicorn may log again."""
-        self._log.disabled = False
-
-
-def _run(settings: Settings, dsn: str, listeners: list[socket.socket], way_out: _WayOut) -> None:
-    """Serve until a signal, and leave in order unless a second SIGINT comes."""
-    from app.main import create_app, make_server  # noqa: PLC0415 - imported beside the database
-
-    app = create_app(settings, dsn)
-    watch = _StartWatch(app)
-    server = make_server(app, settings)
-
-    async def announce() -> None:
-        # This runs once uvicorn waits for something, and by then it has taken the signals.
-        way_out.is_over = True
-        while not server.started:  # noqa: ASYNC110 - uvicorn tells nobody
-            await asyncio.sleep(LISTEN_LOOK_S)
-        watch.end()
-        gc.freeze()
-        gc.enable()
-        if not server.should_exit:
-            signal.signal(signal.SIGINT, partial(_interrupted, server))
-            print(_ready_line(settings, listeners[0]), flush=True)
-
-    async def serve_until_signal() -> None:
-        announcing = asyncio.create_task(announce())
-        try:
-            await server.serve(sockets=listeners)
-        except SystemExit:
-            # So uvicorn says that the app did not start.
-            if watch.error is None:
-                raise
-        finally:
-            announcing.cancel()
-
-    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-        runner.run(serve_until_signal())
-    if watch.error is not None:
-        raise watch.error
-
-
-def _interrupted(server: Server, sig: int, frame: FrameType | None) -> None:
-    """The first Ctrl-C drains, the next one does not wait: the journal is whole at any moment."""
-    if server.should_exit:
-        os._exit(ExitCode.INTERRUPTED)
-    server.handle_exit(sig, frame)
-
-
-def _ready_line(settings: Settings, listener: socket.socket) -> str:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    if settings.database_url is None:
-        where = f"data in {settings.data_dir}"
-    else:
-        where = f"database {masked(settings.database_url.get_secret_value())}"
-    return f"Flexrun is ready at http://{host}:{listener.getsockname()[1]} ({where})"

@@ -30,12 +30,12 @@ class Frame:
         return self.type in TERMINAL_EVENTS
 
 
-def encode_body(event: Event, run_id: str, trace_id: str, ts: str) -> bytes:
+def encode_body(event: Event, run_id: str, trace_id: str) -> bytes:
     """The event as JSON. Keys come in a fixed order; those that do not apply are left out."""
     found: dict[str, Any] = {
         "seq": event.seq,
         "run_id": run_id,
-        "ts": ts,
+        "ts": rfc3339(event.ts),
         "level": event.level,
         "type": event.type,
     }
@@ -74,16 +74,3 @@ def decode_event(body: str | bytes) -> Event:
         seq=found["seq"],
         ts=from_rfc3339(found["ts"]),
     )
-
-
-class Timestamps:
-    """Formats ms as RFC 3339, remembering the last: events of one append share their time."""
-
-    def __init__(self) -> None:
-        self._ms = -1
-        self._text = ""
-
-    def text(self, ms: int) -> str:
-        if ms != self._ms:
-            self._ms, self._text = ms, rfc3339(ms)
-        return self._text

@@ -28,7 +28,7 @@ import asyncpg
 
 from app.domain.events import Event
 from app.domain.run import RunStatus
-from app.journal.frames import Frame, Timestamps, encode_body, frame_of
+from app.journal.frames import Frame, encode_body, frame_of
 from app.kit import failpoints
 from app.kit.clock import to_datetime
 from app.kit.ids import run_day
@@ -153,7 +153,6 @@ class Journal:
         writers: int = 2,
     ) -> None:
         self._writers = [_Writer(connect, feed, make_partitions) for _ in range(writers)]
-        self._timestamps = Timestamps()
 
     @property
     def commits(self) -> int:
@@ -176,9 +175,7 @@ class Journal:
         frames: list[Frame] = []
         rows: list[tuple[int, str, str | None, int | None, str, str]] = []
         for event in append.events:
-            body = encode_body(
-                event, handle.text_id, handle.trace_id, self._timestamps.text(event.ts)
-            )
+            body = encode_body(event, handle.text_id, handle.trace_id)
             frames.append(frame_of(event.seq, event.type, event.node_id, event.level, body))
             rows.append(
                 (event.seq, event.type, event.node_id, event.attempt, event.level, body.decode())

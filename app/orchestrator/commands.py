@@ -164,7 +164,7 @@ class Commands:
         """
         try:
             async with asyncio.timeout(self.submit_timeout_s):
-                await asyncio.shield(submission.accepted)
+                await submission.accepted
         except KeyTaken:
             assert key is not None
             return await self.replayed(tenant_id, submission.run.envelope, key)

@@ -61,11 +61,12 @@ class Runner:
             self.handed_off.discard(run_id)  # too many wait here: any worker may claim it
 
     def _ended(self, run_id: UUID) -> None:
+        was_full = self.room <= 0
         self._driven.pop(run_id, None)
         self.handed_off.discard(run_id)
         while self._backlog and self.room > 0:
             self.start(self._backlog.popleft()())
-        if self.room > 0:
+        if was_full and self.room > 0:
             self.on_free()
 
     async def drain(self, grace_s: float) -> None:

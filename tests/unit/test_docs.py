@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping, Set
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer.main
 
@@ -26,7 +27,8 @@ from app.settings import Settings
 from app.store.leases import LEASE_S
 from app.store.partitions import DAYS_AHEAD
 from app.worker import SECOND_LOOK_S
-from docs.generate import DOCS, METHODS, ROOT, fault_codes, pages, problem_codes, variable_of
+from docs.generate import DOCS, METHODS, ROOT, pages, variable_of
+from docs.problem_codes import fault_codes, problem_codes
 
 README = ROOT / "README.md"
 ARCHITECTURE = DOCS / "ARCHITECTURE.md"
@@ -34,7 +36,9 @@ WRITTEN_BY_HAND = [README, *(DOCS / f"{n}.md" for n in ("ARCHITECTURE", "GLOSSAR
 ALL = sorted({*WRITTEN_BY_HAND, *DOCS.glob("*.md")})
 EXAMPLES = sorted((ROOT / "examples").iterdir())
 
-ids = {"ids": lambda path: path.name}
+
+def name_of(path: Path) -> str:
+    return path.name
 
 
 def text_of(path: Path) -> str:
@@ -116,9 +120,9 @@ def diagram(name: str) -> list[tuple[str, str, str]]:
 )
 def test_a_diagram_shows_the_transition_table(
     name: str,
-    table: dict[str, frozenset[str]],
+    table: Mapping[str, frozenset[str]],
     first: str,
-    last: frozenset[str],
+    last: Set[str],
 ) -> None:
     arrows = {(source, target) for source, target, _ in diagram(name)}
     expected = {(str(source), str(to)) for source, after in table.items() for to in after}
@@ -178,7 +182,7 @@ def test_heartbeats_are_more_frequent_than_the_usual_time_out_of_a_proxy() -> No
     assert HEARTBEAT_S <= 30
 
 
-@pytest.mark.parametrize("path", ALL, **ids)
+@pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_every_variable_is_a_setting(path: Path) -> None:
     known = {variable_of(name, field) for name, field in Settings.model_fields.items()}
     known.add("FLEXRUN_URL")  # of the command line alone
@@ -187,7 +191,7 @@ def test_every_variable_is_a_setting(path: Path) -> None:
     assert named <= known
 
 
-@pytest.mark.parametrize("path", WRITTEN_BY_HAND, **ids)
+@pytest.mark.parametrize("path", WRITTEN_BY_HAND, ids=name_of)
 def test_every_event_named_exists(path: Path) -> None:
     named = re.findall(r"\b(?:RUN|NODE|PLAN)_[A-Z]+\b(?!_)", text_of(path))
 
@@ -197,7 +201,7 @@ def test_every_event_named_exists(path: Path) -> None:
 # --- paths and links ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ALL, **ids)
+@pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_every_file_named_exists(path: Path) -> None:
     """A path is named from the root or, in pictures, from app/."""
     words = re.findall(r"(?<![\w/.:-])(?:[\w.-]+/)+(?:[\w.-]+)?", strip_urls(text_of(path)))
@@ -218,7 +222,7 @@ def strip_urls(text: str) -> str:
     return re.sub(r"https?://\S+|/v1/\S+", "", text)
 
 
-@pytest.mark.parametrize("path", ALL, **ids)
+@pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_every_relative_link_resolves(path: Path) -> None:
     dead = []
     for target in re.findall(r"\]\(([^)\s]+)\)", strip_code(text_of(path))):
@@ -260,15 +264,14 @@ def flexrun_lines() -> list[str]:
 def test_every_command_line_parses(line: str) -> None:
     words = shlex.split(line, comments=True)
     args = _with_default(words[words.index("flexrun") + 1 :])
-    command: click.Command = typer.main.get_command(cli)
-    context = None
-    while isinstance(command, click.Group):
-        context = click.Context(command, parent=context)
-        found = command.get_command(context, args.pop(0))
-        assert found is not None, line
-        command = found
+    command: Any = typer.main.get_command(cli)
+    context = command.context_class(command)
+    while hasattr(command, "get_command"):
+        command = command.get_command(context, args.pop(0))
+        assert command is not None, line
+        context = command.context_class(command, parent=context)
 
-    command.make_context(command.name, args, parent=context)
+    command.make_context(command.name, args)
 
 
 def test_every_make_target_named_exists() -> None:
@@ -278,7 +281,7 @@ def test_every_make_target_named_exists() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-@pytest.mark.parametrize("path", EXAMPLES, **ids)
+@pytest.mark.parametrize("path", EXAMPLES, ids=name_of)
 def test_every_example_is_valid_and_has_a_line_in_the_readme(path: Path) -> None:
     assert f"| [examples/{path.name}](examples/{path.name}) | " in text_of(README)
     if path.suffix == ".json":

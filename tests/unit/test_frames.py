@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -12,9 +13,8 @@ from hypothesis import strategies as st
 from sse_starlette import ServerSentEvent
 
 from app.domain.events import TERMINAL_EVENTS, Event, EventType, Level
-from app.journal import frames
-from app.journal.frames import Frame, Timestamps, decode_event, encode_body, frame_of
-from app.kit.clock import rfc3339
+from app.journal.frames import Frame, decode_event, encode_body, frame_of
+from app.kit.clock import from_rfc3339, rfc3339
 from tests.plans import RUN_ID, START_MS
 from tests.sse import parse
 
@@ -58,7 +58,7 @@ _modest = settings(deadline=None, max_examples=80)
 
 
 def _body(event: Event) -> bytes:
-    return encode_body(event, RUN_ID, TRACE_ID, rfc3339(event.ts))
+    return encode_body(event, RUN_ID, TRACE_ID)
 
 
 def _frame(event: Event) -> Frame:
@@ -149,17 +149,9 @@ def test_a_stored_body_of_an_unknown_type_is_refused() -> None:
         decode_event(body)
 
 
-def test_timestamps_are_formatted_once_for_events_of_one_append(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[int] = []
-
-    def counted(ms: int) -> str:
-        asked.append(ms)
-        return rfc3339(ms)
-
-    monkeypatch.setattr(frames, "rfc3339", counted)
-    timestamps = Timestamps()
-    texts = [timestamps.text(ms) for ms in (0, 0, START_MS, START_MS, START_MS + 1, 0)]
-    assert asked == [0, START_MS, START_MS + 1, 0]
-    assert texts == [rfc3339(ms) for ms in (0, 0, START_MS, START_MS, START_MS + 1, 0)]
+@given(st.integers(0, 4_000_000_000_000))
+def test_times_are_written_as_rfc3339_and_read_back(ms: int) -> None:
+    text = rfc3339(ms)
+    expected = datetime.fromtimestamp(ms // 1000, UTC).replace(microsecond=ms % 1000 * 1000)
+    assert datetime.fromisoformat(text) == expected
+    assert from_rfc3339(text) == ms

@@ -1,0 +1,69 @@
+"""What `migrate`, `prune`, `doctor` and `serve` do to the database, without a service.
+
+Imports SQLAlchemy and Alembic: import it only where it is used. Raises the domain's errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, date, datetime
+from typing import Any
+
+from app.cli.errors import CliError, ExitCode
+from app.store import migrate, partitions
+from app.store.database import Database, server_facts
+
+
+def migrate_database(dsn: str) -> tuple[str | None, str]:
+    """Upgrade a database that is behind: its revision before, and now."""
+    return asyncio.run(_migrate(dsn))
+
+
+async def _migrate(dsn: str) -> tuple[str | None, str]:
+    database = await Database.open(dsn)
+    try:
+        before = await migrate.current_revision(database)
+    finally:
+        await database.close()
+    head = migrate.head_revision()
+    if before != head:
+        await migrate.migrate(dsn)
+    return before, head
+
+
+def prune_database(dsn: str, before: date, *, dry_run: bool) -> list[partitions.Pruned]:
+    """Drop the days before `before` whose runs are all finished."""
+    return asyncio.run(_prune(dsn, before, dry_run=dry_run))
+
+
+async def _prune(dsn: str, before: date, *, dry_run: bool) -> list[partitions.Pruned]:
+    database = await Database.open(dsn)
+    try:
+        revision, head = await migrate.current_revision(database), migrate.head_revision()
+        if revision != head:
+            raise CliError(
+                f"The database is at revision {revision or 'empty'}, this version needs {head}.",
+                exit_code=ExitCode.UNREACHABLE,
+                hint="First: flexrun migrate",
+            )
+        return await partitions.prune(database, before, dry_run=dry_run)
+    finally:
+        await database.close()
+
+
+def facts_of(dsn: str) -> dict[str, Any]:
+    """What the doctor asks: server facts, `revision`, `head`, and `days` of partitions ahead."""
+    return asyncio.run(_facts(dsn))
+
+
+async def _facts(dsn: str) -> dict[str, Any]:
+    database = await Database.open(dsn)
+    try:
+        async with database.read() as connection:
+            facts = await server_facts(connection)
+        facts["revision"] = await migrate.current_revision(database)
+        facts["head"] = migrate.head_revision()
+        facts["days"] = await partitions.days_prepared(database, datetime.now(UTC).date())
+        return facts
+    finally:
+        await database.close()

@@ -1,0 +1,109 @@
+"""kill -9 in the middle of a run: how long until the next node event is in the journal.
+
+The time of an event is the wall clock of the process that recorded it, so what is reported is when
+the run went on, not when somebody could read it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from bench import client, envelopes, process
+from bench.process import Running
+from bench.rig import Rig
+from bench.stats import Goal, percentile
+
+NODES = 1_000
+KILL_AFTER_BYTES = 60_000
+PAGE = 1_000
+FINISH_S = 60.0
+KILLS = 5
+LOOK_S = 0.02
+
+ALIVE = "kill -9, another worker alive: to the next node event"
+RESTARTED = "kill -9, same service restarted: to the next node event"
+WITH_POSTGRES = "kill -9, same service and its Postgres restarted: to the next node event"
+
+
+async def takeover(rig: Rig) -> None:
+    """One round is several kills of each kind; their p50 and p99 are taken over all rounds."""
+    kills = rig.count(KILLS)
+    dsn = await _database(rig)
+    for _ in range(kills):
+        rig.book.add(ALIVE, "s", *await _kill_beside_another(dsn), goal=Goal(1.0, 0.6))
+        rig.book.add(RESTARTED, "s", *await _kill_and_restart(dsn, None), goal=Goal(1.0, 0.6))
+        own = rig.scratch / "takeover"
+        rig.book.add(WITH_POSTGRES, "s", *await _kill_and_restart(None, own))
+    for figure in rig.book.figures():
+        if figure.what in (ALIVE, RESTARTED):
+            worst = f"{figure.what}, p99"
+            rig.book.replace(worst, "s", percentile(figure.values, 0.99), goal=Goal(3.0, 3.0))
+
+
+async def _database(rig: Rig) -> str:
+    if "takeover" not in rig.kept:
+        rig.kept["takeover"] = await rig.database("bench_takeover")
+    found: str = rig.kept["takeover"]
+    return found
+
+
+async def _kill_and_restart(dsn: str | None, data_dir: Path | None) -> list[float]:
+    """Seconds from the start of the new process to the next node event."""
+    service = await process.start(database_url=dsn, data_dir=data_dir)
+    run_id = await _run_until_under_way(service)
+    await service.kill()
+    again = await process.start(database_url=dsn, data_dir=data_dir)
+    try:
+        return await _went_on(again, run_id, again.spawned_at)
+    finally:
+        await again.stop()
+
+
+async def _kill_beside_another(dsn: str) -> list[float]:
+    """Seconds from the kill to the next node event, which another process records."""
+    async with process.running(database_url=dsn) as other:
+        service = await process.start(database_url=dsn)
+        run_id = await _run_until_under_way(service)
+        killed_at = time.time()
+        await service.kill()
+        return await _went_on(other, run_id, killed_at)
+
+
+async def _run_until_under_way(service: Running) -> str:
+    """Submit a long chain and wait until a part of its events has come."""
+    async with client.connected(service.port) as calls:
+        run = await calls.json("POST", "/v1/runs", envelopes.chain(NODES))
+    path = f"/v1/runs/{run['run_id']}/events"
+    (sink,) = await client.attach(service.port, path, 1)
+    while sink.received < KILL_AFTER_BYTES:
+        await asyncio.sleep(0.001)
+    sink.close()
+    return str(run["run_id"])
+
+
+async def _went_on(service: Running, run_id: str, since: float) -> list[float]:
+    """When the first node event after the take-over happened. Empty: the kill came too late."""
+    async with client.connected(service.port) as calls:
+        async with asyncio.timeout(FINISH_S):
+            while (await calls.json("GET", f"/v1/runs/{run_id}"))["status"] != "done":
+                await asyncio.sleep(LOOK_S)
+        found = await _first_after_takeover(calls, run_id)
+    return [] if found is None else [found - since]
+
+
+async def _first_after_takeover(calls: client.Connection, run_id: str) -> float | None:
+    after, is_recovered = 0, False
+    while True:
+        path = f"/v1/runs/{run_id}/events?limit={PAGE}&after={after}"
+        events: list[dict[str, Any]] = (await calls.json("GET", path))["events"]
+        for event in events:
+            if is_recovered and event["type"].startswith("NODE_"):
+                return datetime.fromisoformat(event["ts"]).timestamp()
+            is_recovered = is_recovered or event["type"] == "RUN_RECOVERED"
+        if len(events) < PAGE:
+            return None
+        after = events[-1]["seq"]
