@@ -28,9 +28,7 @@ async def stand_in(rig: Rig, kind: str) -> Running:
     """One of `bench.servers`, started when it is first needed."""
     key = f"server:{kind}"
     if key not in rig.kept:
-        started = await process.spawn(
-            ("-m", "bench.servers", kind), process.clean_environment()
-        )
+        started = await process.spawn(("-m", "bench.servers", kind), process.clean_environment())
         rig.stack.push_async_callback(started.stop)
         rig.kept[key] = started
     found: Running = rig.kept[key]

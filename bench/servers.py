@@ -1,8 +1,8 @@
 """Stand-ins that the service is compared with, as processes: `python -m bench.servers KIND`.
 
-    post    FastAPI with one route that validates a 2 KB body and does nothing else
-    stock   sse-starlette's EventSourceResponse as its documentation shows it: one queue a client,
-            a dict an event
+post    FastAPI with one route that validates a 2 KB body and does nothing else
+stock   sse-starlette's EventSourceResponse as its documentation shows it: one queue a client,
+        a dict an event
 """
 
 from __future__ import annotations

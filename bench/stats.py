@@ -88,6 +88,10 @@ class Book:
         figure = self._figures.setdefault(what, Figure(what, unit, goal))
         figure.values += values
 
+    def replace(self, what: str, unit: str, value: float, *, goal: Goal | None = None) -> None:
+        """Note a figure that is made from all rounds, in place of what it was before."""
+        self._figures[what] = Figure(what, unit, goal, [value])
+
     def figures(self) -> list[Figure]:
         """The figures that have values."""
         return [figure for figure in self._figures.values() if figure.values]

@@ -48,7 +48,9 @@ async def streams(rig: Rig) -> None:
     ):
         registration = envelopes.gate_registration(f"http://127.0.0.1:{gate.port}/")
         await calls.json("POST", "/v1/capabilities", registration)
-        run = await calls.json("POST", "/v1/runs", envelopes.wide(WIDTH, root=envelopes.gate_node()))
+        run = await calls.json(
+            "POST", "/v1/runs", envelopes.wide(WIDTH, root=envelopes.gate_node())
+        )
         await asyncio.wait_for(gate.asked.wait(), 30)
         path = f"/v1/runs/{run['run_id']}/events"
         rig.book.add(

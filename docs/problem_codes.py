@@ -22,15 +22,15 @@ def problem_codes() -> list[tuple[str, str, str]]:
     """`(status, code, detail)` of every problem that the source raises, placeholders as `…`."""
     found: dict[tuple[str, str], str] = {}
     for name, kind in _ERRORS.items():
-        if kind.__module__.startswith("app.") and name != "FlexrunError":
+        if name != "FlexrunError":
             found.setdefault((str(STATUS_AND_TITLE[kind][0]), kind.code), "")
     for tree in _sources("app"):
         for call in ast.walk(tree):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
-                kind = _ERRORS.get(call.func.id)
-                if kind is not None and call.args:
-                    status = str(STATUS_AND_TITLE[kind][0])
-                    code = _keyword(call, "code") or kind.code
+                raised = _ERRORS.get(call.func.id)
+                if raised is not None and call.args:
+                    status = str(STATUS_AND_TITLE[raised][0])
+                    code = _keyword(call, "code") or raised.code
                     detail = _text_of(call.args[0])
                     found[status, code] = found.get((status, code)) or detail
     return [(status, f"`{code}`", detail) for (status, code), detail in sorted(found.items())]

@@ -5,21 +5,28 @@ from __future__ import annotations
 import re
 
 WAIT_MAX_S = 60.0
+STREAM = "text/event-stream"
+JSON_RANGES = ("application/json", "application/*", "*/*")
 
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})", re.IGNORECASE)
 
 
 def accepts_stream(accept: str) -> bool:
-    """Whether the client asked for an event stream; a tie with JSON goes to the stream."""
-    if "text/event-stream" not in accept:
+    """Whether the client asked for an event stream; a tie with JSON goes to the stream.
+
+    Only its name asks for it: who accepts everything is a client that wants JSON.
+    """
+    accept = accept.lower()
+    if STREAM not in accept:
         return False
-    quality = {"text/event-stream": 0.0, "application/json": 0.0}
-    for part in accept.lower().split(","):
+    quality: dict[str, float] = {}
+    for part in accept.split(","):
         media, *parameters = [piece.strip() for piece in part.split(";")]
-        if media in quality:
-            quality[media] = max(quality[media], _quality(parameters))
-    stream = quality["text/event-stream"]
-    return stream > 0 and stream >= quality["application/json"]
+        quality[media] = max(quality.get(media, 0.0), _quality(parameters))
+    stream = quality.get(STREAM, 0.0)
+    # The most specific range that names JSON counts (RFC 9110 12.5.1).
+    json = next((quality[media] for media in JSON_RANGES if media in quality), 0.0)
+    return stream > 0 and stream >= json
 
 
 def _quality(parameters: list[str]) -> float:

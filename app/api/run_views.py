@@ -11,6 +11,7 @@ from app.domain.plan_json import plan_as_dict
 from app.domain.run import NodeStatus, RunStatus
 from app.domain.state import NodeState, RunState
 from app.kit.clock import rfc3339
+from app.kit.ids import created_ms
 from app.kit.redact import redact
 from app.orchestrator.resume import StoredRun, event_value, last_event
 from app.orchestrator.run import DrivenRun
@@ -33,7 +34,7 @@ def accepted_view(run: DrivenRun) -> dict[str, Any]:
         "error": None,
         "timings": None,
         "metadata": _metadata(envelope.metadata.label, envelope.metadata.correlation_id),
-        "created_at": rfc3339(run.state.queued_at),
+        "created_at": rfc3339(created_ms(run.handle.run_id)),
         "finished_at": None,
         "links": _links(run.handle.text_id),
     }
@@ -60,7 +61,7 @@ async def run_view(services: Services, stored: StoredRun) -> dict[str, Any]:
         "error": error,
         "timings": _timings(state) if services.settings.latency_record else None,
         "metadata": _metadata(stored.label, stored.correlation_id),
-        "created_at": rfc3339(state.queued_at),
+        "created_at": rfc3339(created_ms(run_id)),
         "finished_at": None if state.finished_at is None else rfc3339(state.finished_at),
         "links": _links(state.run_id),
     }

@@ -42,7 +42,7 @@ from app.store.signals import all_signals
 
 router = APIRouter(tags=["runs"])
 
-KEY = re.compile(r'^"?([\x21\x23-\x7e]{1,200})"?$')
+KEY = re.compile(r'(")?([\x21\x23-\x7e]{1,200})(?(1)")')
 
 _SUBMIT_DOC: dict[str, Any] = {
     "requestBody": {
@@ -183,13 +183,13 @@ def _idempotency_key(header: str | None) -> str | None:
     """The key, quoted or bare. Raises `BadInput` for one that is empty, long or not printable."""
     if header is None:
         return None
-    match = KEY.match(header)
+    match = KEY.fullmatch(header)
     if match is None:
         raise BadInput(
             "Idempotency-Key must be 1 to 200 printable ASCII characters.",
             code="bad_idempotency_key",
         )
-    return match[1]
+    return match[2]
 
 
 async def _stored(services: Services, tenant: str, run_id: UUID | None) -> StoredRun:

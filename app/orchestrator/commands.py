@@ -34,6 +34,7 @@ from app.journal.record import Append, Journal, JournalClosed, KeyTaken, RunHand
 from app.kit import failpoints
 from app.kit.clock import rfc3339, to_datetime
 from app.kit.ids import created_ms, new_id, new_traceparent
+from app.kit.json_pointer import escape
 from app.orchestrator.outcomes import adopt_plan, plan_generated
 from app.orchestrator.resume import load_run
 from app.orchestrator.run import DrivenRun, limits_of
@@ -287,7 +288,7 @@ def _check_decisions(
     """Decisions are about nodes with an unknown outcome, and every such node needs one."""
     faults: list[Fault] = []
     for node_id, given in decisions.items():
-        pointer = f"/nodes/{node_id}"
+        pointer = f"/nodes/{escape(node_id)}"
         node = state.nodes.get(node_id)
         if node is None:
             faults.append(Fault("UNKNOWN_NODE", f"The plan has no node {node_id!r}.", pointer))

@@ -47,7 +47,11 @@ class ExecutionLimits:
 
 
 class Slots:
-    """How many calls of a limited capability run in this process, and who waits for one."""
+    """How many calls of a limited capability run in this process, and who waits for one.
+
+    A slot is taken when a start is decided and given back when its call ended, so that two runs
+    that decide at the same time can not both have the last one.
+    """
 
     def __init__(self) -> None:
         self._used: dict[CapabilityKey, int] = {}
@@ -56,23 +60,36 @@ class Slots:
     def free(self, limits: Mapping[CapabilityKey, int]) -> dict[CapabilityKey, int]:
         return {key: limit - self._used.get(key, 0) for key, limit in limits.items()}
 
-    def take(self, key: CapabilityKey) -> None:
-        self._used[key] = self._used.get(key, 0) + 1
+    def take(self, run: DrivenRun, node: PlanNode) -> None:
+        if node.concurrency is not None:
+            key = run.slots[node.id] = (node.capability_id, node.capability_version)
+            self._used[key] = self._used.get(key, 0) + 1
 
-    def release(self, key: CapabilityKey) -> None:
-        """Give a slot back and let the first run in the row look again."""
+    def release(self, run: DrivenRun, node_id: str) -> None:
+        """Give a slot back and let the run that waits longest look again."""
+        key = run.slots.pop(node_id, None)
+        if key is None:
+            return
         self._used[key] -= 1
-        queue = self._waiting.get(key)
-        if queue:
-            queue.pop(next(iter(queue))).poke()
+        if waiting := self._waiting.get(key):
+            waiting.pop(next(iter(waiting))).poke()
 
-    def wait(self, key: CapabilityKey, inbox: Inbox) -> None:
-        """Poke this inbox when a slot of the capability becomes free."""
-        self._waiting.setdefault(key, {})[id(inbox)] = inbox
+    def release_all(self, run: DrivenRun) -> None:
+        """The run is not driven here any more."""
+        for node_id in list(run.slots):
+            self.release(run, node_id)
+        for waiting in self._waiting.values():
+            waiting.pop(id(run.inbox), None)
 
-    def leave(self, inbox: Inbox) -> None:
-        for queue in self._waiting.values():
-            queue.pop(id(inbox), None)
+    def wait(self, run: DrivenRun, node: PlanNode) -> None:
+        """Poke the run when the node's capability has a free slot: at once, or later."""
+        if node.concurrency is None:
+            return
+        key = (node.capability_id, node.capability_version)
+        if self._used.get(key, 0) < node.concurrency:
+            run.inbox.poke()
+        else:
+            self._waiting.setdefault(key, {})[id(run.inbox)] = run.inbox
 
 
 class Executor:
@@ -95,12 +112,12 @@ class Executor:
         node = run.state.plan.nodes[node_id]
         capability = self._image(run.tenant_id).get(node.capability_id, node.capability_version)
         if capability is None:
-            run.inbox.put(Outcome(node_id, failure=_not_registered(node)))
+            self._end(run, Outcome(node_id, failure=_not_registered(node)))
             return
         emitted: list[Event] = []
         call = self._bind(run, node, capability, emitted)
         if isinstance(call, Failure):
-            run.inbox.put(Outcome(node_id, failure=call))
+            self._end(run, Outcome(node_id, failure=call))
             return
         adapter = self._adapters[capability.registration.kind]
         function = adapter.inline(capability)
@@ -165,6 +182,11 @@ class Executor:
             outcome = self._returned(call, output, started)
         failpoints.hit("call.inline_after")
         outcome.emitted = emitted
+        self._end(run, outcome)
+
+    def _end(self, run: DrivenRun, outcome: Outcome) -> None:
+        """The call is over: its slot is free, and the loop learns how it went."""
+        self.slots.release(run, outcome.node_id)
         run.inbox.put(outcome)
 
     def _start_task(
@@ -175,14 +197,8 @@ class Executor:
         adapter: CapabilityAdapter,
         emitted: list[Event],
     ) -> None:
-        key = None
-        if node.concurrency is not None:
-            key = (node.capability_id, node.capability_version)
-            self.slots.take(key)
         task = asyncio.create_task(self._attempt(run, node, call, adapter, emitted))
         run.calls[node.id] = task
-        if key is not None:
-            task.add_done_callback(lambda _: self.slots.release(key))
 
     async def _attempt(
         self,
@@ -215,7 +231,7 @@ class Executor:
             outcome = self._returned(call, output, started)
         outcome.emitted = emitted
         run.calls.pop(node.id, None)
-        run.inbox.put(outcome)
+        self._end(run, outcome)
 
     def _returned(self, call: Call, output: Any, started: float) -> Outcome:
         """The output after the strict JSON gate, the size limit and the output contract."""

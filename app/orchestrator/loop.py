@@ -117,7 +117,7 @@ async def drive_run(run: DrivenRun, drive: Drive) -> None:
         await _fail(run, drive, "internal_error", "The run met an error of the service itself.")
     finally:
         run.cancel_calls()
-        drive.executor.slots.leave(run.inbox)
+        drive.executor.slots.release_all(run)
 
 
 async def _drive(run: DrivenRun, drive: Drive) -> None:
@@ -175,6 +175,9 @@ def _decide(run: DrivenRun, drive: Drive, step: _Step) -> None:
     step.wake_at = decision.wake_at
     if decision.complete:
         step.note(run, complete(run, step.append))
+    if state.plan is not None:
+        for node_id in step.to_call:
+            drive.executor.slots.take(run, state.plan.nodes[node_id])
 
 
 def _close(run: DrivenRun, drive: Drive, append: Append) -> None:
@@ -213,15 +216,16 @@ def _limited(plan: Plan) -> dict[CapabilityKey, int]:
 
 
 def _ask_for_slots(run: DrivenRun, drive: Drive) -> None:
-    """Nodes that only lack a slot of their capability: look again when one becomes free."""
-    state, slots = run.state, drive.executor.slots
-    for key in state.ready_limited:
-        slots.wait(key, run.inbox)
-    for node_id in state.waiting:
-        assert state.plan is not None
-        node = state.plan.nodes[node_id]
-        if node.concurrency is not None:
-            slots.wait((node.capability_id, node.capability_version), run.inbox)
+    """Nodes that only lack a slot of their capability: look again when one is free."""
+    state = run.state
+    if not state.ready_limited and not state.waiting:
+        return
+    assert state.plan is not None
+    first_in_line = [next(iter(queue)) for queue in state.ready_limited.values()]
+    due = [node_id for node_id, at in state.waiting.items() if at <= now_ms()]
+    if len(state.running) < run.limits.max_parallel:
+        for node_id in (*first_in_line, *due):
+            drive.executor.slots.wait(run, state.plan.nodes[node_id])
 
 
 async def _fail(run: DrivenRun, drive: Drive, code: str, message: str) -> None:

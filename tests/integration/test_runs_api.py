@@ -264,7 +264,7 @@ async def test_prefer_wait_answers_with_the_finished_run_or_with_202(
             await until(service, response.json()["run_id"], "RUN_DONE")
 
 
-def test_the_longest_wait_is_a_minute() -> None:
+async def test_the_longest_wait_is_a_minute() -> None:
     assert negotiate.WAIT_MAX_S == 60
     assert negotiate.preferred_wait_s("wait=61") == 60
     assert negotiate.preferred_wait_s('wait="5"') == 5
@@ -1048,7 +1048,7 @@ async def test_a_capability_that_is_gone_is_planned_around(service: RunningServi
             *("RUN_QUEUED", "RUN_START", "PLAN_REQUESTED", "PLAN_REJECTED", "RUN_FAILED")
         ]
         [fault] = events[3].json["data"]["diagnostics"]
-        assert fault["code"] == "OUTPUT_FACET_UNCOVERED"
+        assert fault["code"] == "CAPABILITY_MISSING"
         assert events[4].json["data"]["error"]["code"] == "plan_rejected"
 
         beat = await service.client.post("/v1/capabilities/test.cheap/heartbeat")
