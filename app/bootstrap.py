@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import asyncpg
 import orjson
 
 from app.adapters.capabilities.builtin import BuiltinAdapter
@@ -33,7 +32,7 @@ from app.planner.plan_envelope import PlanLimits
 from app.ports import CapabilityAdapter
 from app.registry.registry import Registry
 from app.settings import Settings
-from app.store.database import SESSION_SETTINGS, Database, asyncpg_dsn, server_facts
+from app.store.database import Database, HotConnection, connect, server_facts
 from app.store.events import EventReader
 from app.store.migrate import current_revision, head_revision
 from app.store.partitions import make_partitions, make_partitions_hot
@@ -80,16 +79,14 @@ async def open_services(settings: Settings, dsn: str) -> AsyncIterator[Services]
         await _check_database(database, settings)
         await make_partitions(database, datetime.now(UTC).date())
 
-        async def connect() -> asyncpg.Connection:
-            return await asyncpg.connect(
-                asyncpg_dsn(dsn), server_settings=SESSION_SETTINGS, command_timeout=10, timeout=5
-            )
+        async def connect_here() -> HotConnection:
+            return await connect(dsn)
 
         reader = EventReader(database)
         feed = Feed(reader)
         feed.start()
         stack.push_async_callback(feed.close)
-        journal = Journal(connect, feed, make_partitions_hot)
+        journal = Journal(connect_here, feed, make_partitions_hot)
         await journal.start()
         stack.push_async_callback(journal.close)
 
@@ -118,7 +115,7 @@ async def open_services(settings: Settings, dsn: str) -> AsyncIterator[Services]
                 settings.value_bytes_max, settings.backoff_base_ms, settings.backoff_max_ms
             ),
         )
-        lease = Lease(connect)
+        lease = Lease(connect_here)
         plan_limits = PlanLimits(settings.nodes_max, settings.edges_max, settings.depth_max)
         drive = Drive(
             journal=journal,

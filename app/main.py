@@ -36,7 +36,7 @@ def create_app(settings: Settings, dsn: str) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_services(settings, dsn) as services:
-            worker = Worker(services.database, services.lease, services.runner, services.reader)
+            worker = Worker(services)
             await worker.start()
             app.state.services = services
             app.state.worker = worker

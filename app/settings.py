@@ -1,8 +1,8 @@
 """Settings: the only reader of the environment.
 
-Names that the ecosystem knows keep them (`DATABASE_URL`, `REDIS_URL`, `MAX_RETRIES`,
-`PROVIDER_TIMEOUT_S`); all others begin with `FLEXRUN_`. `.env.example` lists every one; a test
-compares it with this model.
+Names that the ecosystem knows keep them (`DATABASE_URL`, `MAX_RETRIES`, `PROVIDER_TIMEOUT_S`); all
+others begin with `FLEXRUN_`. `.env.example` lists every one; a test compares it with this model.
+The command line also reads `FLEXRUN_URL`: where its commands look for the service.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ class Settings(BaseSettings):
         ge=0,
         le=19,
         validation_alias=_plain("max_retries"),
-        description="Retries of a node whose capability and plan say nothing.",
+        description="Retries of a capability whose registration says nothing; at_most_once: 0.",
     )
     provider_timeout_s: float = Field(
         60.0,
         gt=0,
         validation_alias=_plain("provider_timeout_s"),
-        description="Longest outgoing request of an http capability, in seconds.",
+        description="Time limit of a capability whose registration says nothing, in seconds.",
     )
     backoff_base_ms: int = Field(200, ge=1, description="First back-off between attempts, in ms.")
     backoff_max_ms: int = Field(30_000, ge=1, description="Longest back-off, in ms.")

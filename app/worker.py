@@ -12,9 +12,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
-import asyncpg
 import orjson
 
+from app.bootstrap import Services
 from app.domain.decide import recover
 from app.domain.errors import FlexrunError
 from app.domain.events import Event, EventType, Level
@@ -23,15 +23,12 @@ from app.domain.state import RunState
 from app.journal.record import Append, RunHandle
 from app.kit import failpoints
 from app.kit.waiting import wait_at_most
-from app.orchestrator.lease import Lease
 from app.orchestrator.outcomes import plan_generated
 from app.orchestrator.resume import load_outputs, load_run
 from app.orchestrator.run import DrivenRun, limits_of
-from app.orchestrator.runner import Runner
 from app.orchestrator.signals import Signal, SignalKind
 from app.planner.plan_envelope import output_contract_of
-from app.store.database import TRANSIENT, Database
-from app.store.events import EventReader
+from app.store.database import REFUSED, TRANSIENT
 from app.store.keys import forget_old_keys
 from app.store.leases import Claim, claim_runs, forget_workers, leave
 from app.store.partitions import make_partitions
@@ -48,17 +45,16 @@ HOUSEKEEPING_EVERY_S = 3600.0
 class Worker:
     """Start it, nudge it, drain it."""
 
-    def __init__(
-        self, database: Database, lease: Lease, runner: Runner, reader: EventReader
-    ) -> None:
-        self._database = database
-        self._lease = lease
-        self._runner = runner
-        self._reader = reader
+    def __init__(self, services: Services) -> None:
+        self._database = services.database
+        self._lease = services.lease
+        self._registry = services.registry
+        self._runner = services.runner
+        self._reader = services.reader
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._taking_up: set[asyncio.Task[None]] = set()
-        runner.on_free = self.nudge
+        self._runner.on_free = self.nudge
 
     def nudge(self) -> None:
         """There may be something to claim: look now."""
@@ -74,13 +70,16 @@ class Worker:
 
     async def drain(self, grace_s: float) -> None:
         """Let running calls end, give the runs back, leave. Others take them up at once."""
+        self._runner.accepting = False
+        await asyncio.gather(*self._taking_up, return_exceptions=True)
+        # The lease is renewed until the last call has ended.
+        await self._runner.drain(grace_s)
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._taking_up, return_exceptions=True)
-        await self._runner.drain(grace_s)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
             await leave(self._lease.session, self._lease.worker_id)
-        except (*TRANSIENT, asyncpg.PostgresError) as error:
+        except (*TRANSIENT, *REFUSED) as error:
             log.warning("could not give runs back (%s); their lease ends", type(error).__name__)
         await self._lease.close()
 
@@ -113,6 +112,9 @@ class Worker:
             min(room, CLAIM_MAX),
         )
         failpoints.hit("claim.after_commit")
+        if claims:
+            # Another process may have registered, a moment ago, what these runs call.
+            await self._registry.refresh()
         for claim in claims:
             task = asyncio.create_task(self._take_up(claim))
             self._taking_up.add(task)
@@ -197,7 +199,7 @@ async def _for_ever(
     while True:
         try:
             await turn()
-        except (*TRANSIENT, asyncpg.PostgresError, FlexrunError) as error:
+        except (*TRANSIENT, *REFUSED, FlexrunError) as error:
             log.warning("%s: the database is away (%s)", turn.__name__, type(error).__name__)
         except Exception:
             log.exception("%s failed", turn.__name__)

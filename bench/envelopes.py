@@ -1,4 +1,4 @@
-"""The workloads as envelopes: the nodes do next to nothing, so that the service itself is measured."""
+"""The workloads as envelopes. Their nodes do next to nothing: the service itself is measured."""
 
 from __future__ import annotations
 

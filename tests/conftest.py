@@ -102,7 +102,7 @@ async def services(dsn: str, settings: Settings) -> AsyncIterator[Services]:
     """The open services with a worker, without HTTP."""
     async with AsyncExitStack() as stack:
         services = await stack.enter_async_context(open_services(settings, dsn))
-        worker = Worker(services.database, services.lease, services.runner, services.reader)
+        worker = Worker(services)
         await worker.start()
         yield services
         await worker.drain(settings.drain_grace_s)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 from uuid import UUID
 
@@ -35,6 +35,22 @@ from tests.plans import RUN_ID, START_MS, exact, fold, key_of, plan_node, plan_o
 
 TURNS_MAX = 2_000
 CONCURRENCY: dict[str, int | None] = {"free": None, "rare": 1, "scarce": 2}
+FAILURES = {
+    failure.code: failure
+    for failure in (
+        Failure("refused", "Connection refused.", retryable=True),
+        Failure("forbidden", "No.", retryable=False),
+        Failure("timeout", "Too late.", retryable=True, unknown_outcome=True),
+        Failure("strange", "What?", retryable=False, unknown_outcome=True),
+        Failure(
+            "invalid_output",
+            "The output breaks the contract.",
+            retryable=False,
+            faults=(Fault("TYPE", "no text", "/a"),),
+            scope="capability_output",
+        ),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,7 @@ class Scenario:
     seed: int
     max_parallel: int = 16
     deadline_ms: int | None = None
+    failures: tuple[str, ...] = tuple(FAILURES)
     trouble: float = 0.3
     crash: float = 0.05
     foreign: float = 0.3
@@ -73,11 +90,12 @@ def random_scenario(seed: int) -> Scenario:
         plan=plan_of(*nodes),
         seed=seed,
         max_parallel=rng.randint(1, 5),
-        deadline_ms=rng.choice([None, None, 50, 400, 2_000]),
+        deadline_ms=rng.choice([None, None, None, 50, 400, 2_000]),
+        failures=rng.choice([tuple(FAILURES), ("refused", "timeout"), ("timeout",)]),
         trouble=rng.choice([0.0, 0.05, 0.2, 0.5, 0.9]),
         crash=rng.choice([0.0, 0.05, 0.3]),
         foreign=rng.choice([0.0, 0.5]),
-        cancel=rng.choice([0.0, 0.0, 0.02]),
+        cancel=rng.choice([0.0, 0.0, 0.05]),
     )
 
 
@@ -458,24 +476,8 @@ class Simulation:
         """How a call will fail, or None."""
         if self.rng.random() >= self.scenario.trouble:
             return None
-        delay_ms = self.rng.choice([0, 5, 300])
-        return self.rng.choice(
-            [
-                Failure("refused", "Connection refused.", retryable=True, delay_ms=delay_ms),
-                Failure("forbidden", "No.", retryable=False),
-                Failure(
-                    "timeout", "Too late.", retryable=True, unknown_outcome=True, delay_ms=delay_ms
-                ),
-                Failure("strange", "What?", retryable=False, unknown_outcome=True),
-                Failure(
-                    "invalid_output",
-                    "The output breaks the contract.",
-                    retryable=False,
-                    faults=(Fault("TYPE", "no text", "/a"),),
-                    scope="capability_output",
-                ),
-            ]
-        )
+        failure = FAILURES[self.rng.choice(self.scenario.failures)]
+        return replace(failure, delay_ms=self.rng.choice([0, 5, 300]))
 
     def _outcome(self, call: Call) -> list[Event]:
         node = self.state.nodes[call.node.id]

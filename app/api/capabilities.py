@@ -73,6 +73,10 @@ async def register_capability(request: Request, response: Response) -> Capabilit
             code="registration_invalid",
             faults=[Fault("builtin_not_registrable", "use kind http", "/kind")],
         )
+    settings = services.settings
+    registration = registration.with_defaults(
+        timeout_s=settings.provider_timeout_s, attempts_max=settings.max_retries + 1
+    )
     capability, is_new = await services.registry.register(tenant, registration)
     response.status_code = 201 if is_new else 200
     response.headers["Location"] = f"/v1/capabilities/{capability.capability_id}"

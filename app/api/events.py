@@ -7,10 +7,11 @@ from uuid import UUID
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import StringConstraints
 
 from app.api.deps import services_of, tenant_of
 from app.api.errors import PROBLEMS
-from app.api.negotiate import accepts_stream
+from app.api.negotiate import NO_NUL, accepts_stream
 from app.api.run_schemas import EventPage
 from app.api.stream import open_stream
 from app.bootstrap import Services
@@ -22,6 +23,8 @@ from app.kit.ids import parse_id
 from app.store.events import HeadView
 
 router = APIRouter(tags=["events"])
+
+NodeFilter = Annotated[str, StringConstraints(max_length=200, pattern=NO_NUL)]
 
 
 @router.get(
@@ -52,7 +55,7 @@ async def get_events(
     run_id: str,
     after: Annotated[str | None, Query(max_length=20, pattern=r"^[0-9]{1,9}$")] = None,
     type: Annotated[list[EventType] | None, Query()] = None,
-    node: Annotated[list[str] | None, Query(max_length=200)] = None,
+    node: Annotated[list[NodeFilter] | None, Query(max_length=200)] = None,
     level: Annotated[list[Level] | None, Query()] = None,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 200,
 ) -> Response:

@@ -1,4 +1,4 @@
-"""Reading `Accept` and `Prefer`, as far as runs need it (RFC 9110 12.5.1, RFC 7240)."""
+"""Reading `Accept`, `Prefer` and filters, as far as runs need it (RFC 9110 12.5.1, RFC 7240)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 WAIT_MAX_S = 60.0
 STREAM = "text/event-stream"
 JSON_RANGES = ("application/json", "application/*", "*/*")
+NO_NUL = r"^[^\x00]*$"
+"""Texts that filters compare with stored ones: Postgres has none with U+0000 in it."""
 
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})", re.IGNORECASE)
 

@@ -19,7 +19,7 @@ from fastapi import APIRouter, Query, Request, Response
 from app.api.bodies import read_body, read_json_model, validated
 from app.api.deps import services_of, tenant_of
 from app.api.errors import PROBLEMS
-from app.api.negotiate import accepts_stream, preferred_wait_s
+from app.api.negotiate import NO_NUL, accepts_stream, preferred_wait_s
 from app.api.paging import decode_cursor, encode_cursor
 from app.api.run_schemas import (
     DebugView,
@@ -210,7 +210,7 @@ async def list_runs(
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[str | None, Query(max_length=500)] = None,
     status: Annotated[list[RunStatus] | None, Query()] = None,
-    label: Annotated[str | None, Query(max_length=200)] = None,
+    label: Annotated[str | None, Query(max_length=200, pattern=NO_NUL)] = None,
     created_after: Annotated[datetime | None, Query()] = None,
     created_before: Annotated[datetime | None, Query()] = None,
 ) -> Response:

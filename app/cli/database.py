@@ -63,6 +63,6 @@ def days_of(age: str) -> int:
 
 
 def _fate(day: Pruned, *, dry_run: bool) -> str:
-    if dry_run:
-        return "would be dropped, if all of them are finished"
-    return "dropped" if day.dropped else "kept: some of them are not finished"
+    if day.unfinished:
+        return f"kept: {day.unfinished} of them are not finished"
+    return "would be dropped" if dry_run else "dropped"

@@ -5,6 +5,7 @@ they come, and the brief; then everything is stopped again.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -41,6 +42,8 @@ def demo(
     """Start a service, brief a document, show everything, stop."""
     if not document.is_file():
         raise CliError(f"There is no file {document}.", hint="flexrun demo PATH/TO/DOCUMENT.md")
+    # As Ctrl-C does: the service is stopped on the way out, and not left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out("Starting the service with an embedded Postgres …")
     with _service(data_dir) as (url, ready_line), Api(url) as api:
         out(ready_line)

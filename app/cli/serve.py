@@ -39,26 +39,32 @@ def serve(
 
     Exit code: 0 stopped in order, 2 refused, 3 the database is not ready, 4 the port is taken.
     """
+    way_out = WayOut()
+    signal.signal(signal.SIGTERM, way_out)
+    signal.signal(signal.SIGINT, way_out)
     # Nothing that a start makes becomes garbage; looking for it would take a sixth of the start.
     gc.disable()
     settings = load_settings(
         host=host, port=port, data_dir=data_dir, database_url=database_url, log_level=log_level
     )
     _configure_log(settings)
-    way_out = WayOut()
-    signal.signal(signal.SIGTERM, way_out)
-    signal.signal(signal.SIGINT, way_out)
     listeners = _listen(settings)
-    # The app takes a second to import, the database about as long to start: side by side.
-    threading.Thread(target=importlib.import_module, args=("app.cli.service",)).start()
-    with database_errors(), database_of(settings) as dsn:
+    with database_errors():
         if settings.database_url is None:
-            from app.cli.upkeep import migrate_database  # noqa: PLC0415 - heavy, see there
+            importlib.import_module("app.store.embedded")
+        # The app takes a second to import, the database about as long to start: side by side. Two
+        # threads must never import the same packages at once, or they see each other's halves.
+        importing = threading.Thread(target=importlib.import_module, args=("app.cli.service",))
+        importing.start()
+        with database_of(settings) as dsn:
+            importing.join()
+            from app.cli.service import run_service  # noqa: PLC0415 - heavy: the whole app
 
-            migrate_database(dsn)
-        from app.cli.service import run_service  # noqa: PLC0415 - the thread imports it
+            if settings.database_url is None:
+                from app.cli.upkeep import migrate_database  # noqa: PLC0415 - heavy, see there
 
-        run_service(settings, dsn, listeners, way_out.end)
+                migrate_database(dsn)
+            run_service(settings, dsn, listeners, way_out.end)
 
 
 def _configure_log(settings: Settings) -> None:

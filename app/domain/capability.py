@@ -99,6 +99,18 @@ class Registration(BaseModel):
     config: dict[str, Any] = Field(default_factory=dict)
     metadata: dict[str, Any] = Field(default_factory=dict)
 
+    def with_defaults(self, *, timeout_s: float, attempts_max: int) -> Registration:
+        """The registration with the operator's defaults where it says nothing.
+
+        An `at_most_once` capability that does not ask for repetitions gets none.
+        """
+        defaults: dict[str, Any] = {}
+        if "timeout_s" not in self.model_fields_set:
+            defaults["timeout_s"] = timeout_s
+        if self.max_attempts is None:
+            defaults["max_attempts"] = 1 if self.effect is Effect.AT_MOST_ONCE else attempts_max
+        return self.model_copy(update=defaults)
+
     @property
     def attempts_max(self) -> int:
         """How many attempts a node of this capability has when its plan says nothing."""

@@ -24,16 +24,14 @@ from datetime import date
 from typing import Protocol
 from uuid import UUID
 
-import asyncpg
-
 from app.domain.events import Event
 from app.domain.run import RunStatus
 from app.journal.frames import Frame, encode_body, frame_of
 from app.kit import failpoints
 from app.kit.clock import to_datetime
 from app.kit.ids import run_day
-from app.store.append import HeadMove, NewRun, append_batch
-from app.store.database import TRANSIENT
+from app.store.append import HeadMove, NewRun, append_batch, is_missing_partition
+from app.store.database import REFUSED, TRANSIENT, HotConnection
 from app.store.heads import HeadRow, event_body, read_heads, run_of_key
 
 log = logging.getLogger("flexrun.journal")
@@ -146,9 +144,9 @@ class Journal:
 
     def __init__(
         self,
-        connect: Callable[[], Awaitable[asyncpg.Connection]],
+        connect: Callable[[], Awaitable[HotConnection]],
         feed: FrameSink,
-        make_partitions: Callable[[asyncpg.Connection, set[date]], Awaitable[None]],
+        make_partitions: Callable[[HotConnection, set[date]], Awaitable[None]],
         *,
         writers: int = 2,
     ) -> None:
@@ -207,14 +205,14 @@ class _Writer:
 
     def __init__(
         self,
-        connect: Callable[[], Awaitable[asyncpg.Connection]],
+        connect: Callable[[], Awaitable[HotConnection]],
         feed: FrameSink,
-        make_partitions: Callable[[asyncpg.Connection, set[date]], Awaitable[None]],
+        make_partitions: Callable[[HotConnection, set[date]], Awaitable[None]],
     ) -> None:
         self._connect = connect
         self._feed = feed
         self._make_partitions = make_partitions
-        self._connection: asyncpg.Connection | None = None
+        self._connection: HotConnection | None = None
         self._queue: dict[UUID, _Pending] = {}
         self._wake = asyncio.Event()
         self._closing = False
@@ -291,7 +289,7 @@ class _Writer:
                 batch = await self._after_lost_answer(batch, delay)
                 delay = min(delay * 2, RECONNECT_DELAY_MAX_S)
                 continue
-            except asyncpg.PostgresError as error:
+            except REFUSED as error:
                 batch = await self._after_refusal(batch, error)
                 continue
             batch = await self._settle(asked, heads)
@@ -374,18 +372,16 @@ class _Writer:
                     self._connection = await self._connect()
                 unsettled = [pending for pending in batch if not pending.settled]
                 return await self._settle(unsettled, await self._heads_of(unsettled))
-            except (*TRANSIENT, asyncpg.PostgresError):
+            except (*TRANSIENT, *REFUSED):
                 delay = min(delay * 2, RECONNECT_DELAY_MAX_S)
         for pending in batch:
             if not pending.settled:
                 _fail(pending, JournalClosed("shutting down"))
         return []
 
-    async def _after_refusal(
-        self, batch: list[_Pending], error: asyncpg.PostgresError
-    ) -> list[_Pending]:
+    async def _after_refusal(self, batch: list[_Pending], error: Exception) -> list[_Pending]:
         """The database refused the data: find the culprit by sending run by run."""
-        if _is_missing_partition(error):
+        if is_missing_partition(error):
             assert self._connection is not None
             await self._make_partitions(self._connection, {p.move.run_day for p in batch})
             return batch
@@ -417,7 +413,3 @@ def _fail(pending: _Pending, error: Exception) -> None:
     for waiter in pending.waiters:
         if not waiter.done():
             waiter.set_exception(error)
-
-
-def _is_missing_partition(error: asyncpg.PostgresError) -> bool:
-    return isinstance(error, asyncpg.CheckViolationError) and "no partition" in str(error)

@@ -15,11 +15,10 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 
-import asyncpg
-
 from app.journal.record import LeaseLost
 from app.kit.ids import new_id
 from app.kit.waiting import wait_at_most
+from app.store.database import HotConnection
 from app.store.leases import other_workers, register_worker, renew_lease
 
 log = logging.getLogger("flexrun.lease")
@@ -31,9 +30,9 @@ FENCE_S = 7.0
 class Lease:
     """Who this worker is, and whether it may still write. `session` holds the advisory lock."""
 
-    def __init__(self, connect: Callable[[], Awaitable[asyncpg.Connection]]) -> None:
+    def __init__(self, connect: Callable[[], Awaitable[HotConnection]]) -> None:
         self._connect = connect
-        self._session: asyncpg.Connection | None = None
+        self._session: HotConnection | None = None
         self._good_until = 0.0
         self._renewed_at = 0.0
         self._registered = asyncio.Event()
@@ -51,7 +50,7 @@ class Lease:
         return bool(self.worker_id) and time.monotonic() >= self._good_until
 
     @property
-    def session(self) -> asyncpg.Connection:
+    def session(self) -> HotConnection:
         assert self._session is not None
         return self._session
 
@@ -80,7 +79,7 @@ class Lease:
         )
         if not taken:
             await session.close(timeout=2)
-            raise asyncpg.InterfaceError("our advisory lock is still held by the old session")
+            raise ConnectionError("our advisory lock is still held by the old session")
         self._session = session
         self._good_until = started + FENCE_S
         self._renewed_at = started

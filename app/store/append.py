@@ -14,14 +14,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 from uuid import UUID
 
-if TYPE_CHECKING:
-    from asyncpg import Connection
-    from asyncpg.pool import PoolConnectionProxy
+import asyncpg
 
-    AnyConnection: TypeAlias = Connection | PoolConnectionProxy
+from app.store.database import HotConnection
 
 
 @dataclass(slots=True)
@@ -64,7 +62,7 @@ class HeadMove:
     signals: list[tuple[UUID, str]] = field(default_factory=list)
 
 
-async def append_batch(connection: AnyConnection, moves: list[HeadMove]) -> set[UUID]:
+async def append_batch(connection: HotConnection, moves: list[HeadMove]) -> set[UUID]:
     """Write the batch; the ids of the runs whose head moved. Raises what asyncpg raises."""
     sections = frozenset(name for name in _OPTIONAL if any(getattr(move, name) for move in moves))
     arguments: list[Any] = []
@@ -76,6 +74,11 @@ async def append_batch(connection: AnyConnection, moves: list[HeadMove]) -> set[
             arguments += _row_columns(moves, name)
     rows = await connection.fetch(_statement(sections), *arguments)
     return {row[0] for row in rows}
+
+
+def is_missing_partition(error: Exception) -> bool:
+    """Whether a batch was refused because nobody prepared the day of one of its runs."""
+    return isinstance(error, asyncpg.CheckViolationError) and "no partition" in str(error)
 
 
 _OPTIONAL = ("new_run", "plans", "snapshots", "blobs", "signals")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 from sqlalchemy import URL, make_url, text
@@ -41,6 +41,20 @@ TRANSIENT = (
 """Errors after which the same statement may succeed: the server is away, restarting or busy."""
 
 
+REFUSED = (asyncpg.PostgresError,)
+"""Errors that the server answered. Those of `TRANSIENT` are among them: ask that first."""
+
+HotConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+"""A connection that its owner keeps: a journal writer's, a worker's lock session."""
+
+
+async def connect(dsn: str) -> HotConnection:
+    """A connection for one owner, with the time limits of every session of ours."""
+    return await asyncpg.connect(
+        asyncpg_dsn(dsn), server_settings=SESSION_SETTINGS, command_timeout=10, timeout=5
+    )
+
+
 class Database:
     """The open connections of this process. `hot` is for `store/append.py` and its neighbours."""
 
@@ -61,7 +75,7 @@ class Database:
                 command_timeout=10,
                 max_inactive_connection_lifetime=0,
             )
-        except (*TRANSIENT, asyncpg.PostgresError) as error:
+        except (*TRANSIENT, *REFUSED, ValueError) as error:
             raise Unavailable(
                 f"Postgres can not be reached ({type(error).__name__}).",
                 code="database_unreachable",

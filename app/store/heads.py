@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING
 from uuid import UUID
 
-if TYPE_CHECKING:
-    from app.store.append import AnyConnection
+from app.store.database import HotConnection
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +19,7 @@ class HeadRow:
     owner: str | None
 
 
-async def read_heads(connection: AnyConnection, run_ids: list[UUID]) -> dict[UUID, HeadRow]:
+async def read_heads(connection: HotConnection, run_ids: list[UUID]) -> dict[UUID, HeadRow]:
     """The heads of those runs that exist."""
     rows = await connection.fetch(
         "select run_id, epoch, seq, status, owner from run_heads where run_id = any($1::uuid[])",
@@ -30,7 +28,7 @@ async def read_heads(connection: AnyConnection, run_ids: list[UUID]) -> dict[UUI
     return {row[0]: HeadRow(row[1], row[2], row[3], row[4]) for row in rows}
 
 
-async def event_body(connection: AnyConnection, day: date, run_id: UUID, seq: int) -> str | None:
+async def event_body(connection: HotConnection, day: date, run_id: UUID, seq: int) -> str | None:
     """The stored body of one event."""
     found: str | None = await connection.fetchval(
         "select body from events where run_day = $1 and run_id = $2 and seq = $3", day, run_id, seq
@@ -39,7 +37,7 @@ async def event_body(connection: AnyConnection, day: date, run_id: UUID, seq: in
 
 
 async def run_of_key(
-    connection: AnyConnection, tenant_id: str, route: str, key: str
+    connection: HotConnection, tenant_id: str, route: str, key: str
 ) -> UUID | None:
     """The run that an idempotency key made."""
     found: UUID | None = await connection.fetchval(

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
 from uuid import UUID
 
-if TYPE_CHECKING:
-    from app.store.append import AnyConnection
+from app.store.database import HotConnection
 
 LEASE_S = 10
 LOCK_CLASS = 0x466C  # first half of the two-part advisory key: ours, not a migration's
@@ -41,7 +39,7 @@ class Claim:
 
 
 async def register_worker(
-    connection: AnyConnection, worker_id: str, lock_key: int, host: str, pid: int
+    connection: HotConnection, worker_id: str, lock_key: int, host: str, pid: int
 ) -> bool:
     """Take the advisory lock and write the row, anew after a lost session. False: still locked."""
     if not await connection.fetchval("select pg_try_advisory_lock($1, $2)", LOCK_CLASS, lock_key):
@@ -61,7 +59,7 @@ async def register_worker(
     return True
 
 
-async def renew_lease(connection: AnyConnection, worker_id: str) -> bool:
+async def renew_lease(connection: HotConnection, worker_id: str) -> bool:
     """One row, without waiting for the disk: losing a renewal in a crash only shortens a lease."""
     async with connection.transaction():
         await connection.execute("set local synchronous_commit = off")
@@ -75,7 +73,7 @@ async def renew_lease(connection: AnyConnection, worker_id: str) -> bool:
     return str(status) == "UPDATE 1"
 
 
-async def leave(connection: AnyConnection, worker_id: str) -> None:
+async def leave(connection: HotConnection, worker_id: str) -> None:
     """Give back what is still held and forget the worker: the others need not wait for a lease."""
     await connection.execute(
         """update run_heads set owner = null, epoch = epoch + 1, wake_at = clock_timestamp()
@@ -85,7 +83,7 @@ async def leave(connection: AnyConnection, worker_id: str) -> None:
     await connection.execute("delete from workers where worker_id = $1", worker_id)
 
 
-async def other_workers(connection: AnyConnection, worker_id: str) -> list[WorkerRow]:
+async def other_workers(connection: HotConnection, worker_id: str) -> list[WorkerRow]:
     """Every other worker, with what speaks for its death."""
     rows = await connection.fetch(
         """select w.worker_id, w.lease_until < clock_timestamp() as lease_over,
@@ -102,7 +100,7 @@ async def other_workers(connection: AnyConnection, worker_id: str) -> list[Worke
 
 
 async def claim_runs(
-    connection: AnyConnection, worker_id: str, dead: list[str], not_these: list[UUID], limit: int
+    connection: HotConnection, worker_id: str, dead: list[str], not_these: list[UUID], limit: int
 ) -> list[Claim]:
     """Take up to `limit` runs nobody drives, and those of dead workers, oldest first.
 
@@ -135,7 +133,7 @@ async def claim_runs(
     return [Claim(*row) for row in rows]
 
 
-async def forget_workers(connection: AnyConnection, dead: list[str]) -> None:
+async def forget_workers(connection: HotConnection, dead: list[str]) -> None:
     """Delete the rows of dead workers that own nothing any more."""
     await connection.execute(
         """delete from workers w where w.worker_id = any($1::text[])
@@ -144,7 +142,7 @@ async def forget_workers(connection: AnyConnection, dead: list[str]) -> None:
     )
 
 
-async def database_now(connection: AnyConnection) -> datetime:
+async def database_now(connection: HotConnection) -> datetime:
     """The clock that leases are judged by."""
     now: datetime = await connection.fetchval("select clock_timestamp()")
     return now

@@ -9,16 +9,12 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date, timedelta
-from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.store.database import Database
+from app.store.database import Database, HotConnection
 from app.store.tables import DAY_TABLES
-
-if TYPE_CHECKING:
-    from app.store.append import AnyConnection
 
 log = logging.getLogger("flexrun.partitions")
 
@@ -40,7 +36,7 @@ def _ddl(table: str, day: date) -> tuple[str, str]:
     )
 
 
-async def make_partitions_hot(connection: AnyConnection, days: Iterable[date]) -> None:
+async def make_partitions_hot(connection: HotConnection, days: Iterable[date]) -> None:
     """The same for a writer that met a missing day, on its own connection."""
     async with connection.transaction():
         await connection.execute("select pg_advisory_xact_lock($1)", PARTITION_LOCK)
@@ -96,6 +92,7 @@ class Pruned:
 
     day: date
     runs: int
+    unfinished: int
     dropped: bool
 
 
@@ -140,7 +137,7 @@ async def _prune_day(database: Database, day: date, dry_run: bool) -> Pruned:
             )
         ).one()
         if unfinished or dry_run:
-            return Pruned(day, total, dropped=False)
+            return Pruned(day, total, unfinished, dropped=False)
         for table in DAY_TABLES:
             name = partition_name(table, day)
             await connection.execute(text(f"alter table {table} detach partition {name}"))
@@ -160,4 +157,4 @@ async def _prune_day(database: Database, day: date, dry_run: bool) -> Pruned:
             bounds,
         )
     log.info("dropped the journal of %s with %s runs", day, total)
-    return Pruned(day, total, dropped=True)
+    return Pruned(day, total, unfinished, dropped=True)

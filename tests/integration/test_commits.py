@@ -35,7 +35,7 @@ def durable_postgres(tmp_path_factory: pytest.TempPathFactory) -> Any:
 async def services(durable_postgres: Any) -> AsyncIterator[Services]:
     await migrate(durable_postgres.dsn)
     async with open_services(make_settings(sweep_s=3600.0), durable_postgres.dsn) as services:
-        worker = Worker(services.database, services.lease, services.runner, services.reader)
+        worker = Worker(services)
         await worker.start()
         yield services
         await worker.drain(1.0)

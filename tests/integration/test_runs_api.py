@@ -413,7 +413,6 @@ async def test_the_list_is_filtered_by_status_label_and_time(service: RunningSer
     assert await listed(created_after=last["created_at"]) == ["3"]
     assert await listed(created_before=failed["created_at"]) == ["1"]
     assert await listed(label="nobody") == []
-    assert await listed(label="\x00") == []
 
 
 @pytest.mark.parametrize(
@@ -424,6 +423,7 @@ async def test_the_list_is_filtered_by_status_label_and_time(service: RunningSer
         ({"limit": "0"}, 422, "invalid_request"),
         ({"limit": "201"}, 422, "invalid_request"),
         ({"status": "sleeping"}, 422, "invalid_request"),
+        ({"label": "\x00"}, 422, "invalid_request"),
         ({"created_after": "yesterday"}, 422, "invalid_request"),
         ({"created_after": "1900-01-01T00:00:00Z"}, 400, "bad_time"),
     ],

@@ -191,6 +191,17 @@ def test_every_variable_is_a_setting(path: Path) -> None:
     assert named <= known
 
 
+def test_settings_without_an_effect_are_named() -> None:
+    sources = [p.read_text() for p in (ROOT / "app").rglob("*.py") if p.name != "settings.py"]
+    used = set(re.findall(r"\bsettings\.(\w+)", "\n".join(sources)))
+    idle = {variable_of(n, field) for n, field in Settings.model_fields.items() if n not in used}
+    said = re.search(
+        r"^- The settings (.*) are read, but have no effect yet", text_of(README), re.M
+    )
+
+    assert idle == (set(re.findall(r"`(\w+)`", said[1])) if said else set())
+
+
 @pytest.mark.parametrize("path", WRITTEN_BY_HAND, ids=name_of)
 def test_every_event_named_exists(path: Path) -> None:
     named = re.findall(r"\b(?:RUN|NODE|PLAN)_[A-Z]+\b(?!_)", text_of(path))
