@@ -58,16 +58,20 @@ cover: $(VENV)/.dev ## Show the coverage of the last `make test`, line by line, 
 
 .PHONY: check
 check: $(VENV)/.dev ## Lint, format, types, import directions, locks
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
-	$(PY) $(VENV)/bin/lint-imports --no-logo
-	$(PY) -m pytest -q -p no:cacheprovider tests/unit/test_requirements.py
+	@failed=0; \
+	for tool in "-m ruff check ." "-m ruff format --check ." "-m mypy" \
+		"$(VENV)/bin/lint-imports --no-logo" \
+		"-m pytest -q -p no:cacheprovider tests/unit/test_requirements.py"; do \
+		echo "== $$tool"; $(PY) $$tool || failed=1; \
+	done; exit $$failed
 
 .PHONY: fix
-fix: $(VENV)/.dev ## Format, and repair what lint can repair
-	@$(PY) -m ruff check --fix .
+fix: $(VENV)/.dev ## Format, repair what lint can repair, write what is generated
+	@$(PY) -m ruff check --fix-only .
 	@$(PY) -m ruff format .
+	@mkdir -p build
+	@$(PY) -m tests.unit.test_env_example >build/env-example && mv build/env-example .env.example
+	@$(PY) -m docs.generate
 
 .PHONY: bench
 bench: $(VENV)/.dev ## Measure it on this machine

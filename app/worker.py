@@ -16,14 +16,22 @@ import orjson
 
 from app.bootstrap import Services
 from app.domain.decide import recover
-from app.domain.errors import FlexrunError
+from app.domain.errors import FlexrunError, Unavailable
 from app.domain.events import Event, EventType, Level
 from app.domain.run import RunStatus
 from app.domain.state import RunState
-from app.journal.record import Append, RunHandle
+from app.journal.record import (
+    Append,
+    HeadDiverged,
+    JournalClosed,
+    JournalRejected,
+    LeaseLost,
+    RunHandle,
+)
 from app.kit import failpoints
+from app.kit.clock import now_ms
 from app.kit.waiting import wait_at_most
-from app.orchestrator.outcomes import plan_generated
+from app.orchestrator.outcomes import plan_generated, run_failed
 from app.orchestrator.resume import load_outputs, load_run
 from app.orchestrator.run import DrivenRun, limits_of
 from app.orchestrator.signals import Signal, SignalKind
@@ -131,12 +139,34 @@ class Worker:
         while run is None and not self._lease.fenced:
             try:
                 run = await self._load(claim)
-            except FlexrunError as error:
+            except Unavailable as error:
                 log.warning("run %s can not be loaded yet: %s", claim.run_id, error.detail)
                 await asyncio.sleep(LOOK_EVERY_S)
+            except Exception:
+                log.exception("run %s can not be read", claim.run_id)
+                await self._fail_unreadable(claim)
+                return
         failpoints.hit("recover.after_load")
         if run is not None:
             self._runner.start(run)
+
+    async def _fail_unreadable(self, claim: Claim) -> None:
+        """Rows that this version can not read: end the run instead of holding it for ever."""
+        handle = RunHandle(
+            claim.run_id,
+            claim.epoch,
+            claim.seq,
+            trace_id="0" * 32,
+            recorded_seq=claim.seq,
+            recorded_epoch=claim.epoch,
+        )
+        failed = run_failed("run_unreadable", "The stored run can not be read by this version.")
+        handle.stamp([failed], now_ms())
+        append = Append([failed], RunStatus.FAILED, None)
+        try:
+            await self._runner.drive.journal.record(handle, append)
+        except (LeaseLost, JournalRejected, HeadDiverged, JournalClosed) as error:
+            log.error("run %s could not be failed: %s", claim.run_id, type(error).__name__)
 
     async def _load(self, claim: Claim) -> DrivenRun:
         stored = await load_run(self._reader, claim.tenant_id, claim.run_id)

@@ -57,7 +57,8 @@ RATIOS = (
         Goal(0.9, 1.0, better="more"),
     ),
 )
-GROUP_S_MAX = 180.0
+GROUP_S_LEAST = 60.0
+"""What is begun may take so long, even when the time is nearly over."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     book = Book(RATIOS)
     problems = uvloop.run(_measure(asked, book))
-    _print(book, markdown=asked.markdown)
+    _print(book, asked)
     if asked.json is not None:
         content = {"machine": machine(), "scale": asked.scale, **book.as_dict()}
         asked.json.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
@@ -118,25 +119,27 @@ async def _measure(asked: argparse.Namespace, book: Book) -> list[str]:
                 for name in asked.only:
                     if name in broken:
                         continue
-                    if time.monotonic() - began > asked.seconds:
+                    left = asked.seconds - (time.monotonic() - began)
+                    if left <= 0:
                         problems.append(f"round {number}: no time left for {name} (--seconds)")
                         continue
-                    problem = await _one(name, rig, number)
+                    problem = await _one(name, rig, number, max(left, GROUP_S_LEAST))
                     if problem is not None:
                         problems.append(problem)
                         broken.add(name)
     return problems
 
 
-async def _one(name: str, rig: Rig, number: int) -> str | None:
+async def _one(name: str, rig: Rig, number: int, seconds: float) -> str | None:
     """One workload of one round; why it could not be measured, if so."""
     began = time.monotonic()
     gc.collect()
     try:
-        async with asyncio.timeout(GROUP_S_MAX):
+        async with asyncio.timeout(seconds):
             await GROUPS[name](rig)
     except Exception as error:
-        return f"round {number}: {name} could not be measured: {type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {error}".strip(": ")
+        return f"round {number}: {name} could not be measured: {why}"
     print(f"round {number}: {name} {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     return None
 
@@ -151,16 +154,17 @@ def machine() -> dict[str, str]:
     }
 
 
-def _print(book: Book, *, markdown: bool) -> None:
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+def _print(book: Book, asked: argparse.Namespace) -> None:
+    facts = ", ".join(f"{name} {value}" for name, value in machine().items())
+    print(f"{facts}; rounds {asked.rounds}, scale {asked.scale:g}")
     tables: tuple[tuple[str, list[Figure]], ...] = (
         ("Figures", book.figures()),
         ("Ratios, taken round by round", book.ratios()),
     )
     for title, figures in tables:
         if figures:
-            heading = f"### {title}" if markdown else title
-            print(f"\n{heading}\n\n{figures_table(figures, markdown=markdown)}")
+            heading = f"### {title}" if asked.markdown else title
+            print(f"\n{heading}\n\n{figures_table(figures, markdown=asked.markdown)}")
 
 
 if __name__ == "__main__":

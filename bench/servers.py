@@ -72,7 +72,7 @@ def post_app() -> ASGIApp:
 def stock_app() -> ASGIApp:
     """PUT /bursts stores frames, GET /stream attaches, POST /go sends them to all who did."""
     queues: list[asyncio.Queue[Item | None]] = []
-    bursts: list[list[Item]] = []
+    bursts: list[list[Item | None]] = []
 
     async def load(request: Request) -> Response:
         bursts[:] = orjson.loads(await request.body())
@@ -89,7 +89,8 @@ def stock_app() -> ASGIApp:
         return EventSourceResponse(events())
 
     async def go(request: Request) -> Response:
-        for burst in [*bursts, [None]]:
+        end: list[Item | None] = [None]
+        for burst in [*bursts, end]:
             for queue in queues:
                 for item in burst:
                     queue.put_nowait(item)

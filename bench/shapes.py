@@ -62,7 +62,7 @@ async def plans(rig: Rig) -> None:
         ("wide", lambda nodes: envelopes.wide(nodes - 2)),
     ):
         small_ms = await _whole_run(rig, envelopes.encoded(of_size(SMALL)), rig.count(8, least=2))
-        big_ms = await _whole_run(rig, envelopes.encoded(of_size(big)), 1)
+        big_ms = await _whole_run(rig, envelopes.encoded(of_size(big)), rig.count(2))
         rig.book.add(f"{name} of {SMALL}: per node", "ms", small_ms / SMALL)
         rig.book.add(f"{name} of {BIG}: per node", "ms", big_ms / big)
         ratio = (big_ms / big) / (small_ms / SMALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from pathlib import Path
 
 from bench import client, process
 from bench.process import Running
@@ -26,9 +27,8 @@ async def starts(rig: Rig) -> None:
     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
-async def _ready_in(rig: Rig, data_dir: process.Path) -> tuple[float, float]:
+async def _ready_in(rig: Rig, data_dir: Path) -> tuple[float, float]:
     """Seconds to ready, and the MB of the process when it has idled for a moment."""
-    data_dir.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     service: Running = await process.start(data_dir=data_dir)
     try:

@@ -42,6 +42,12 @@ class Tool:
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
 
+    async def reached(self, count: int) -> None:
+        """Until so many calls have reached the tool, over all paths."""
+        while len(self.ledger) < count:
+            self.called.clear()
+            await self.called.wait()
+
     def calls(self, run_id: str, node_id: str) -> list[LedgerEntry]:
         return [e for e in self.ledger if (e.run_id, e.node_id) == (run_id, node_id)]
 

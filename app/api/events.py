@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 import orjson
@@ -24,6 +24,8 @@ from app.store.events import HeadView
 
 router = APIRouter(tags=["events"])
 
+_SEQ: dict[str, Any] = {"pattern": "^[0-9]{1,9}$"}  # documented here, judged by `_cursor`
+
 NodeFilter = Annotated[str, StringConstraints(max_length=200, pattern=NO_NUL)]
 
 
@@ -44,7 +46,7 @@ NodeFilter = Annotated[str, StringConstraints(max_length=200, pattern=NO_NUL)]
             {
                 "name": "Last-Event-ID",
                 "in": "header",
-                "schema": {"type": "string", "pattern": "^[0-9]{1,9}$"},
+                "schema": {"type": "string", **_SEQ},
                 "description": "Seq of the last event seen; wins over `after`.",
             }
         ]
@@ -53,7 +55,7 @@ NodeFilter = Annotated[str, StringConstraints(max_length=200, pattern=NO_NUL)]
 async def get_events(
     request: Request,
     run_id: str,
-    after: Annotated[str | None, Query(max_length=20, pattern=r"^[0-9]{1,9}$")] = None,
+    after: Annotated[str | None, Query(json_schema_extra=_SEQ)] = None,
     type: Annotated[list[EventType] | None, Query()] = None,
     node: Annotated[list[NodeFilter] | None, Query(max_length=200)] = None,
     level: Annotated[list[Level] | None, Query()] = None,

@@ -30,7 +30,7 @@ from app.api.run_schemas import (
     SignalAccepted,
 )
 from app.api.run_views import accepted_view, debug_view, run_view
-from app.api.stream import open_stream, stream_of
+from app.api.stream import check_room, open_stream, stream_of
 from app.bootstrap import Services
 from app.domain.envelope import Envelope
 from app.domain.errors import BadInput, ContractError, NotFound, PlanRejected, Unavailable
@@ -93,6 +93,9 @@ async def submit_run(request: Request) -> Response:
     envelope = await validated(body, Envelope)
     tenant = tenant_of(request)
     key = _idempotency_key(headers.get("idempotency-key"))
+    wants_stream = accepts_stream(headers.get("accept", ""))
+    if wants_stream:
+        check_room(services)  # before the run is accepted, not after
     if key is not None:
         earlier = await services.commands.replayed(tenant, envelope, key)
         if earlier is not None:
@@ -123,7 +126,7 @@ async def submit_run(request: Request) -> Response:
         earlier = await services.commands.accepted(submission, tenant, key)
         if earlier is not None:
             return await _replay(services, tenant, earlier, headers)
-        if accepts_stream(headers.get("accept", "")):
+        if wants_stream:
             stream = stream_of(services, channel, 0, Filter(), _location(run_id))
             return stream
         wait_s = preferred_wait_s(headers.get("prefer"))

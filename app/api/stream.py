@@ -64,6 +64,7 @@ class EventStream(EventSourceResponse):
         self._cursor = after
         self._wanted = wanted
         self._drain = drain
+        self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         transport = (scope.get("extensions") or {}).get(TRANSPORT, {}).get("transport")
@@ -85,17 +86,17 @@ class EventStream(EventSourceResponse):
             data, is_over = await self._next()
             if opening or data or is_over:
                 failpoints.hit("stream.before_send")
-                await _send(send, transport, opening + data, more=not is_over)
+                await self._send(send, transport, opening + data, more=not is_over)
                 failpoints.hit("stream.after_send")
                 opening = b""
             if is_over or (transport is not None and transport.is_closing()):
                 return
             if self._drain.is_draining:
                 await asyncio.sleep(random.uniform(0, DRAIN_SPREAD_S))
-                await _send(send, transport, _DRAINING, more=False)
+                await self._send(send, transport, _DRAINING, more=False)
                 return
             if self._channel.last <= self._cursor and not await self._wait():
-                await _send(send, transport, _HEARTBEAT, more=True)
+                await self._send(send, transport, _HEARTBEAT, more=True)
 
     async def _next(self) -> tuple[bytes, bool]:
         """The bytes behind the cursor, and whether the stream is over with them."""
@@ -149,14 +150,30 @@ class EventStream(EventSourceResponse):
         return ServerSentEvent(data=data, event="gap", sep="\n").encode()
 
     async def _wait(self) -> bool:
-        """Until there is something to look at. False: a heartbeat is due instead."""
+        """Until there is something to look at. False: a heartbeat is due instead.
+
+        It is due by what was sent, not by what happened: a filter may let nothing through.
+        """
         waiter = self._channel.wait()
-        timer = asyncio.get_running_loop().call_later(HEARTBEAT_S, _time_is_up, waiter)
+        loop = asyncio.get_running_loop()
+        timer = loop.call_at(self._sent_at + HEARTBEAT_S, _time_is_up, waiter)
         try:
             return await waiter
         finally:
             timer.cancel()
             self._channel.forget(waiter)
+
+    async def _send(
+        self, send: Send, transport: asyncio.WriteTransport | None, data: bytes, *, more: bool
+    ) -> None:
+        """One ASGI message. A client that takes nothing for `SEND_TIMEOUT_S`: TimeoutError."""
+        message = {"type": "http.response.body", "body": data, "more_body": more}
+        if transport is not None and transport.get_write_buffer_size() == 0:
+            await send(message)  # all was taken so far: this can not have to wait
+        else:
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await send(message)
+        self._sent_at = asyncio.get_running_loop().time()
 
 
 def _time_is_up(waiter: asyncio.Future[bool]) -> None:
@@ -164,16 +181,10 @@ def _time_is_up(waiter: asyncio.Future[bool]) -> None:
         waiter.set_result(False)
 
 
-async def _send(
-    send: Send, transport: asyncio.WriteTransport | None, data: bytes, *, more: bool
-) -> None:
-    """One ASGI message. A client that takes nothing for `SEND_TIMEOUT_S` raises TimeoutError."""
-    message = {"type": "http.response.body", "body": data, "more_body": more}
-    if transport is not None and transport.get_write_buffer_size() == 0:
-        await send(message)  # all was taken so far: this can not have to wait
-        return
-    async with asyncio.timeout(SEND_TIMEOUT_S):
-        await send(message)
+def check_room(services: Services) -> None:
+    """Raises `Unavailable` (`server_busy`) when there are as many streams as there may be."""
+    if services.feed.readers >= services.settings.streams_max:
+        raise Unavailable("Too many open streams.", code="server_busy", retry_after_s=5)
 
 
 def stream_of(
@@ -183,9 +194,7 @@ def stream_of(
     wanted: Filter,
     headers: dict[str, str] | None = None,
 ) -> EventStream:
-    """A stream over a channel that was entered; it leaves it. Raises `Unavailable` (busy)."""
-    if services.feed.readers > services.settings.streams_max:
-        raise Unavailable("Too many open streams.", code="server_busy", retry_after_s=5)
+    """A stream over a channel that was entered; it leaves it."""
     raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
     return EventStream(
         services.feed, channel, after=after, wanted=wanted, drain=services.drain, headers=raw
@@ -199,12 +208,11 @@ def open_stream(
     wanted: Filter,
     headers: dict[str, str] | None = None,
 ) -> EventStream:
-    """A stream of a run that exists already: replayed from the journal, then live."""
-    feed = services.feed
-    channel = feed.enter(run_id, after)
-    feed.nudge()
-    try:
-        return stream_of(services, channel, after, wanted, headers)
-    except Unavailable:
-        feed.leave(channel)
-        raise
+    """A stream of a run that exists already: replayed from the journal, then live.
+
+    Raises `Unavailable` as `check_room` does.
+    """
+    check_room(services)
+    channel = services.feed.enter(run_id, after)
+    services.feed.nudge()
+    return stream_of(services, channel, after, wanted, headers)

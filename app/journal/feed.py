@@ -23,6 +23,7 @@ from app.store.events import EventReader
 log = logging.getLogger("flexrun.feed")
 
 RING_FRAMES_MAX = 1_024
+RING_BYTES_MAX = 4 * 1024 * 1024
 PAGE_ROWS_MAX = 1_000
 POLL_S = 0.5
 
@@ -52,7 +53,7 @@ class Filter:
 class Channel:
     """The newest frames of one followed run. `last` is the seq of the newest frame seen."""
 
-    __slots__ = ("_joined", "_waiters", "ended", "followers", "frames", "last", "run_id")
+    __slots__ = ("_bytes", "_joined", "_waiters", "ended", "followers", "frames", "last", "run_id")
 
     def __init__(self, run_id: UUID, last: int) -> None:
         self.run_id = run_id
@@ -61,6 +62,7 @@ class Channel:
         self.ended = False
         self.followers = 0
         self._waiters: dict[asyncio.Future[bool], None] = {}
+        self._bytes = 0
         self._joined: tuple[int, int, bytes] | None = None
 
     def push(self, frames: list[Frame]) -> bool:
@@ -70,18 +72,29 @@ class Channel:
         fresh = [frame for frame in frames if frame.seq > self.last]
         if not fresh:
             return True
+        self._trim(len(fresh))
         self.frames += fresh
-        if len(self.frames) > RING_FRAMES_MAX + len(fresh):
-            del self.frames[: len(self.frames) - RING_FRAMES_MAX]
+        self._bytes += sum([len(frame.data) for frame in fresh])
         self.last = fresh[-1].seq
         self.ended = fresh[-1].is_terminal
         self._joined = None
         self.wake()
         return True
 
+    def _trim(self, room: int) -> None:
+        """Make room for new frames: the ring is bounded in number and in bytes."""
+        drop = 0
+        while drop < len(self.frames) and (
+            self._bytes > RING_BYTES_MAX or len(self.frames) - drop + room > RING_FRAMES_MAX
+        ):
+            self._bytes -= len(self.frames[drop].data)
+            drop += 1
+        del self.frames[:drop]
+
     def skip_to(self, seq: int) -> None:
         """The rows up to `seq` do not exist any more: whoever reads them must learn that."""
         self.frames.clear()
+        self._bytes = 0
         self.last = seq
         self.wake()
 

@@ -30,7 +30,15 @@ from app.domain.errors import (
 from app.domain.events import BlockReason, Event, EventType
 from app.domain.run import NodeStatus, RunStatus
 from app.domain.state import RunState
-from app.journal.record import Append, Journal, JournalClosed, KeyTaken, RunHandle
+from app.journal.record import (
+    Append,
+    HeadDiverged,
+    Journal,
+    JournalClosed,
+    KeyTaken,
+    LeaseLost,
+    RunHandle,
+)
 from app.kit import failpoints
 from app.kit.clock import rfc3339, to_datetime
 from app.kit.ids import created_ms, new_id, new_traceparent
@@ -169,7 +177,7 @@ class Commands:
         except KeyTaken:
             assert key is not None
             return await self.replayed(tenant_id, submission.run.envelope, key)
-        except (TimeoutError, JournalClosed):
+        except (TimeoutError, JournalClosed, LeaseLost, HeadDiverged):
             raise Unavailable(
                 "The journal does not answer; whether the run was accepted is not known. "
                 "Send it again with the same Idempotency-Key.",

@@ -116,6 +116,7 @@ async def drive_run(run: DrivenRun, drive: Drive) -> None:
         run.refuse(error)
         await _fail(run, drive, "internal_error", "The run met an error of the service itself.")
     finally:
+        run.refuse(JournalClosed("let go before it was durable"))
         run.cancel_calls()
         drive.executor.slots.release_all(run)
 

@@ -65,7 +65,7 @@ def _check_journal(run_id: str, events: list[dict[str, Any]], head: asyncpg.Reco
     done: set[str] = set()
     results: Counter[tuple[str, int]] = Counter()
     for event in events:
-        node = event.get("node_id")
+        node: str = event.get("node_id", "")
         if event["type"] in ("NODE_START", "NODE_DONE", "NODE_RETRY", "NODE_FAILED"):
             assert node not in done, f"{run_id}: {event['type']} of {node} after it was done"
         if event["type"] == "NODE_DONE":

@@ -142,9 +142,7 @@ async def test_a_frozen_worker_that_wakes_up_writes_nothing(dsn: str, tool: Tool
         await wait_for(dsn, run_id, "RUN_DONE")
         assert first.url is not None
         async with httpx.AsyncClient(base_url=first.url, timeout=PATIENCE_S) as http:
-            response = await http.post(
-                "/v1/runs", json=diamond(), headers={"Prefer": "wait=20"}
-            )
+            response = await http.post("/v1/runs", json=diamond(), headers={"Prefer": "wait=20"})
             assert response.json()["status"] == "done", "the woken worker works on, as a new one"
 
     journal = (await check(dsn, ClientLog({run_id}), tool.ledger))[run_id]
@@ -204,8 +202,7 @@ async def test_lost_database_sessions_cost_no_run_and_no_second_call(
     await service.client.post("/v1/capabilities", json=http_capability(tool, "gate", "idempotent"))
     runs = [await service.submit(gated()) for _ in range(5)]
     async with asyncio.timeout(PATIENCE_S):
-        while len(tool.ledger) < 5:
-            await asyncio.sleep(0.01)
+        await tool.reached(5)
     await sever(dsn)
     tool.gate.set()
     for run in runs:
@@ -251,3 +248,24 @@ async def test_a_process_that_takes_part_again_finds_its_lock(services: Services
             await asyncio.sleep(0.01)
     assert services.lease.held
     assert services.lease.worker_id == worker_id
+
+
+async def test_a_run_that_can_not_be_read_ends_and_holds_nobody_up(
+    service: RunningService, tool: Tool, dsn: str
+) -> None:
+    await service.client.post("/v1/capabilities", json=http_capability(tool, "gate", "idempotent"))
+    runs = [await service.submit(gated()) for _ in range(2)]
+    async with asyncio.timeout(PATIENCE_S):
+        await tool.reached(2)
+    connection = await asyncpg.connect(dsn)
+    spoil = 'update runs set envelope = \'{"from": "another time"}\' where run_id = $1::uuid'
+    await connection.execute(spoil, runs[0]["run_id"])
+    await connection.close()
+    for run in runs:
+        await end_lease_of_holder(dsn, run["run_id"])
+    service.services.lease._good_until = 0.0
+    tool.gate.set()
+
+    spoiled = await service.events(runs[0]["run_id"])
+    assert spoiled[-1].json["data"]["error"]["code"] == "run_unreadable"
+    assert (await service.events(runs[1]["run_id"]))[-1].event == "RUN_DONE"

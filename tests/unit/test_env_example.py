@@ -1,6 +1,6 @@
 """`.env.example` says what the settings say: every name, its meaning and its default.
 
-After a change of the settings: `.venv/bin/python -m tests.unit.test_env_example > .env.example`.
+After a change of the settings `make fix` writes the file anew: run as a program, this prints it.
 """
 
 import sys

@@ -279,7 +279,7 @@ class TestRulesAcrossInputs:
         def numbers(value: object) -> Envelope:
             return envelope(node("A", capability="numbers", inputs={"x": {"value": value}}))
 
-        assert plan_of(numbers(1), self.IMAGE)
+        assert plan_of(numbers(1), self.IMAGE).nodes
         (fault,) = faults_of(numbers("no"), self.IMAGE)
         assert fault.code == "INPUT_MISMATCH"
         none = plan_of(envelope(node("A", capability="numbers", inputs={})), self.IMAGE)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OURS = {"app", "tests", "migrations", "bench"}
+OURS = {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
 RUNTIME, DEV = "requirements", "requirements-dev"
 
 PIN = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]*)==(?P<version>[^ ;]+)(?: ; [^\\]+)?( \\)?")

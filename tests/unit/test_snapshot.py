@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import orjson
+import pytest
 
 from app.domain.decide import RunLimits, decide
 from app.domain.events import Event, EventType
@@ -138,6 +139,14 @@ def test_a_snapshot_of_an_older_writer_may_lack_fields_of_nodes() -> None:
         del row[dropped]
         row.reverse()
     assert state_from_dict(RUN_ID, story.state.plans, stored) == story.state
+
+
+def test_a_row_that_does_not_fit_its_names_is_refused() -> None:
+    story = story_of(diamond())
+    stored = _stored(story.state)
+    stored["nodes"]["B"].append(1)
+    with pytest.raises(ValueError, match="longer"):
+        state_from_dict(RUN_ID, story.state.plans, stored)
 
 
 def test_a_snapshot_holds_no_output() -> None:

@@ -109,7 +109,7 @@ class TestGraph:
             ("SELECTION_CONFLICT", "/policies/planner/selection/require/0"),
         ]
         kept = {"planner": {"selection": {"forbid": ["read"], "require": ["util.echo"]}}}
-        assert plan_of(envelope(node("A"), policies=kept))
+        assert plan_of(envelope(node("A"), policies=kept)).nodes
 
 
 class TestLimits:
@@ -118,7 +118,7 @@ class TestLimits:
         assert codes_of(faults_of(made, limits=PlanLimits(nodes_max=3))) == [
             ("LIMIT_EXCEEDED", "/goal_graph/nodes")
         ]
-        assert plan_of(made, limits=PlanLimits(nodes_max=4))
+        assert plan_of(made, limits=PlanLimits(nodes_max=4)).nodes
 
     def test_declared_and_derived_edges(self) -> None:
         declared = envelope(node("A"), node("B", "A"), node("C", "A", "B"))
@@ -127,21 +127,21 @@ class TestLimits:
         ]
         derived = envelope(node("A"), node("B", inputs={"x": {"from": "A"}}))
         assert faults_of(derived, limits=PlanLimits(edges_max=0))[0].code == "LIMIT_EXCEEDED"
-        assert plan_of(derived, limits=PlanLimits(edges_max=1))
+        assert plan_of(derived, limits=PlanLimits(edges_max=1)).nodes
 
     def test_depth(self) -> None:
         chain = envelope(node("A"), node("B", "A"), node("C", "B"))
         assert codes_of(faults_of(chain, limits=PlanLimits(depth_max=2))) == [
             ("LIMIT_EXCEEDED", "/goal_graph/nodes")
         ]
-        assert plan_of(chain, limits=PlanLimits(depth_max=3))
+        assert plan_of(chain, limits=PlanLimits(depth_max=3)).nodes
 
     @pytest.mark.parametrize("bound", [{"max_depth": 2}, {"max_nodes": 2}])
     def test_the_envelope_may_ask_for_less(self, bound: dict[str, int]) -> None:
         policies = {"planner": {"topology": bound}}
         chain = (node("A"), node("B", "A"), node("C", "B"))
         assert faults_of(envelope(*chain, policies=policies))[0].code == "LIMIT_EXCEEDED"
-        assert plan_of(envelope(*chain[:2], policies=policies))
+        assert plan_of(envelope(*chain[:2], policies=policies)).nodes
 
     def test_a_chain_of_two_thousand_is_legal(self) -> None:
         chain = [node("n0"), *(node(f"n{i}", f"n{i - 1}") for i in range(1, 2_000))]
@@ -298,7 +298,7 @@ def test_strict_names_the_binding_that_is_too_weak() -> None:
     graph = (node("A"), node("B", capability="write", inputs=binding))
     faults = faults_of(envelope(*graph, constraints={"proof": "strict"}))
     assert codes_of(faults) == [("PROOF_TOO_WEAK", "/goal_graph/nodes/1/inputs/outline")]
-    assert plan_of(envelope(*graph))
+    assert plan_of(envelope(*graph)).nodes
 
 
 def test_memories_are_bounded_and_only_memories(monkeypatch: pytest.MonkeyPatch) -> None:
