@@ -15,7 +15,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import uvloop
 
 from app.store.embedded import EmbeddedPostgres
 from bench import envelopes, process
-from bench.rig import make_database, with_database
+from bench.rig import make_database, scratch, with_database
 from bench.run import machine
 from bench.stats import Book, Figure, Goal, Ratio, spread, table
 
@@ -194,10 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         parser.error(f"--peers: no {', '.join(missing)} in {asked.peers}")
     book = Book([Ratio(line.what, line.ours, line.peers, line.goal) for line in LINES])
-    with tempfile.TemporaryDirectory(
-        prefix="flexrun-bench-", ignore_cleanup_errors=True
-    ) as scratch:
-        folder = Path(scratch)
+    with scratch() as folder:
         python = asked.peer_python or make_venv(folder / "venv")
         prepare(folder, python)
         with EmbeddedPostgres.start(folder / "data") as server:
@@ -247,12 +243,12 @@ def make_venv(folder: Path) -> Path:
     return python
 
 
-def prepare(scratch: Path, python: Path) -> None:
+def prepare(folder: Path, python: Path) -> None:
     """The folders that the scripts use, with a psql for machines that have none."""
-    (scratch / "tmp").mkdir()
-    (scratch / "bin").mkdir()
+    (folder / "tmp").mkdir()
+    (folder / "bin").mkdir()
     if shutil.which("psql") is None:
-        psql = scratch / "bin" / "psql"
+        psql = folder / "bin" / "psql"
         psql.write_text(PSQL.format(python=python.absolute()))
         psql.chmod(0o755)
 

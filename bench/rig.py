@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +13,8 @@ from typing import Any
 
 import asyncpg
 
-from app.store.embedded import EmbeddedPostgres
+from app.store.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from app.store.embedded_files import remove_data
 from bench import process
 from bench.process import Running
 from bench.stats import Book
@@ -79,3 +83,23 @@ async def make_database(dsn: str, name: str) -> None:
         await admin.execute(f'create database "{name}"')
     finally:
         await admin.close()
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder that is gone afterwards, with every database whose data folder was made in it."""
+    with tempfile.TemporaryDirectory(prefix="flexrun-bench-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        folder.chmod(0o711)  # as root, the server runs as another user, who has to pass
+        try:
+            yield folder
+        finally:
+            for data_dir in folder.iterdir():
+                forget_data(data_dir)
+
+
+def forget_data(data_dir: Path) -> None:
+    """Remove a database of ours, which as root may lie outside of its folder."""
+    if data_dir.is_dir():
+        with contextlib.suppress(EmbeddedPostgresError, OSError):
+            remove_data(data_dir)

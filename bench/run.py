@@ -12,7 +12,6 @@ import gc
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -23,7 +22,7 @@ import uvloop
 
 from app.version import VERSION
 from bench import growth, limits, shapes, starts, streams, takeover
-from bench.rig import Rig
+from bench.rig import Rig, scratch
 from bench.stats import Book, Figure, Goal, Ratio, figures_table
 
 Group = Callable[[Rig], Awaitable[None]]
@@ -109,11 +108,9 @@ async def _measure(asked: argparse.Namespace, book: Book) -> list[str]:
     """Every workload once, then again; what went wrong, in words."""
     problems: list[str] = []
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(
-        prefix="flexrun-bench-", ignore_cleanup_errors=True
-    ) as scratch:
+    with scratch() as folder:
         async with AsyncExitStack() as stack:
-            rig = Rig(Path(scratch), book, stack, asked.scale)
+            rig = Rig(folder, book, stack, asked.scale)
             broken: set[str] = set()
             for number in range(1, asked.rounds + 1):
                 for name in asked.only:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from pathlib import Path
 
 from bench import client, process
 from bench.process import Running
-from bench.rig import Rig
+from bench.rig import Rig, forget_data
 from bench.stats import Goal
 
 IDLE_S = 2.0
@@ -18,13 +17,13 @@ MB = 1_000_000
 
 async def starts(rig: Rig) -> None:
     """Spawn to `/readyz` 200, on an embedded Postgres that no other process keeps alive."""
-    folder = rig.scratch / "starts"
-    cold = await _ready_in(rig, folder / "data")
+    data_dir = rig.scratch / "starts"
+    cold = await _ready_in(rig, data_dir)
     rig.book.add("start on an empty folder, to ready", "s", cold[0], goal=Goal(4, 2))
-    warm = await _ready_in(rig, folder / "data")
+    warm = await _ready_in(rig, data_dir)
     rig.book.add("start on existing data, to ready", "s", warm[0])
     rig.book.add("memory of the idle service", "MB", warm[1], goal=Goal(200, 120))
-    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+    await asyncio.to_thread(forget_data, data_dir)
 
 
 async def _ready_in(rig: Rig, data_dir: Path) -> tuple[float, float]:

@@ -37,6 +37,7 @@ from app.domain.errors import BadInput, ContractError, NotFound, PlanRejected, U
 from app.domain.run import RunStatus
 from app.journal.feed import Filter
 from app.kit.ids import id_at, parse_id
+from app.orchestrator.commands import Submission
 from app.orchestrator.resume import StoredRun, event_value, load_run
 from app.store.signals import all_signals
 
@@ -100,24 +101,9 @@ async def submit_run(request: Request) -> Response:
         earlier = await services.commands.replayed(tenant, envelope, key)
         if earlier is not None:
             return await _replay(services, tenant, earlier, headers)
-    submit = partial(
-        services.commands.submit_run,
-        tenant,
-        envelope,
-        body.decode(),
-        key=key,
-        traceparent=headers.get("traceparent"),
+    submission = await _submission(
+        services, tenant, envelope, body.decode(), key, headers.get("traceparent")
     )
-    image = services.registry.image(tenant)
-    try:
-        submission = submit(image)
-    except (PlanRejected, ContractError):
-        # What is missing here may have been registered through another process just now.
-        await services.registry.refresh()
-        fresh = services.registry.image(tenant)
-        if fresh.revision == image.revision:
-            raise
-        submission = submit(fresh)
     run_id = submission.run_id
     # Entered before the first commit, so that the stream is fed from memory from seq 1 on.
     channel = services.feed.enter(run_id, 0)
@@ -136,6 +122,32 @@ async def submit_run(request: Request) -> Response:
     finally:
         if stream is None:
             services.feed.leave(channel)
+
+
+async def _submission(
+    services: Services,
+    tenant: str,
+    envelope: Envelope,
+    body: str,
+    key: str | None,
+    traceparent: str | None,
+) -> Submission:
+    """Plan and queue the run; what is refused is tried again if the registry was behind.
+
+    What is missing here may have been registered through another process just now.
+    """
+    submit = partial(
+        services.commands.submit_run, tenant, envelope, body, key=key, traceparent=traceparent
+    )
+    image = services.registry.image(tenant)
+    try:
+        return submit(image)
+    except (PlanRejected, ContractError):
+        await services.registry.refresh()
+        fresh = services.registry.image(tenant)
+        if fresh.revision == image.revision:
+            raise
+        return submit(fresh)
 
 
 def _location(run_id: UUID) -> dict[str, str]:
