@@ -22,7 +22,12 @@ def _plain(name: str) -> AliasChoices:
 class Settings(BaseSettings):
     """Everything an operator can set. Flags of the command line win over the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="FLEXRUN_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="FLEXRUN_",
+        env_ignore_empty=True,  # compose files pass unset variables as empty ones
+        extra="ignore",
+        frozen=True,
+    )
 
     # Where the service stands.
     host: str = Field("127.0.0.1", description="Address to listen on.")

@@ -7,6 +7,7 @@ and none sees another's rows.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 
@@ -22,6 +23,15 @@ from tests.servers import RunningRedis, start_postgres, start_redis
 from tests.service import RunningService, running_service
 
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of whoever runs the tests do not reach the services under test."""
+    for name in [name for name in os.environ if name.startswith("FLEXRUN_")]:
+        monkeypatch.delenv(name)
+    for name in ("DATABASE_URL", "MAX_RETRIES", "PROVIDER_TIMEOUT_S"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +91,7 @@ async def database(dsn: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 def settings() -> Settings:
-    """Settings of a service under test; `FLEXRUN_…` of the environment does not reach them."""
+    """Settings of a service under test."""
     return make_settings()
 
 

@@ -63,7 +63,10 @@ async def audit(dsn: str) -> int:
     """Check every run in a database that nobody writes to any more; how many there are."""
     connection = await asyncpg.connect(dsn)
     try:
-        heads = await connection.fetch("select run_id, seq, status from run_heads")
+        heads = await connection.fetch(
+            """select run_id, seq, status from run_heads join runs using (run_id)
+            where pruned_at is null"""
+        )
         stored = await connection.fetch(
             "select run_id, seq, type, body from events order by run_id, seq"
         )

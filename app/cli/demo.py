@@ -60,7 +60,7 @@ def demo(
         print_result(run, url)
     out()
     out(f"The service is stopped. Its data stay in {data_dir}; go on with:")
-    out(f"  flexrun serve --data-dir {data_dir}")
+    out(f"  {command()} serve --data-dir {data_dir}")
     raise typer.Exit(EXIT_OF_STATUS[run["status"]])
 
 
@@ -119,3 +119,9 @@ def _environment() -> dict[str, str]:
 def _end(path: Path) -> str:
     lines = path.read_text(errors="replace").splitlines()
     return "\n".join(lines[-LOG_LINES_SHOWN:]) or "(empty)"
+
+
+def command() -> str:
+    """How to call us from here: the demo runs before anything is on the PATH."""
+    script = Path(sys.executable).with_name("flexrun")
+    return os.path.relpath(script) if script.exists() else f"{sys.executable} -m app.cli.main"

@@ -154,7 +154,7 @@ class Executor:
             attempt=state.attempt,
             idempotency_key=f"{run.handle.text_id}:{node.id}:{state.round}",
             objective=run.envelope.objective,
-            instructions=node.text,
+            instructions="\n".join([node.text, *run.envelope.special_instructions]),
             inputs=inputs,
             deadline_ms=int(node.timeout_s * 1000),
             capability=capability,

@@ -168,7 +168,7 @@ async def _prove(client: Client, point: str) -> None:
         await client.register()
         await client.finish()
     finally:
-        await client.service.kill()
+        await client.service.stop()
     journals = await check(client.dsn, client.log, client.tool.ledger)
     types = [event["type"] for journal in journals.values() for event in journal]
     assert types.count("RUN_DONE") == len(journals), types

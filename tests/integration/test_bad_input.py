@@ -27,7 +27,6 @@ from tests.tools import (
     answer,
     answer_at_gate,
     http_capability,
-    respond,
     running_tool,
 )
 
@@ -173,9 +172,7 @@ async def test_a_body_that_does_not_arrive_is_not_waited_for(
 
 
 FEW_EDGES = [echo_node(f"n{i}") for i in range(110)]
-MANY_EDGES = [
-    echo_node(f"m{i}", *(f"n{j}" for j in range(110)), inputs={}) for i in range(100)
-]
+MANY_EDGES = [echo_node(f"m{i}", *(f"n{j}" for j in range(110)), inputs={}) for i in range(100)]
 INVALID: dict[str, tuple[Any, tuple[str, str]]] = {
     "no objective": (
         {"output_contract": {"mode": "freeform", "instructions": "x"}},
@@ -198,7 +195,10 @@ INVALID: dict[str, tuple[Any, tuple[str, str]]] = {
         graph(echo_node("A"), policies={"runtime": [{"trigger": "cost"}]}),
         ("too_long", "/policies/runtime"),
     ),
-    "goal condition": (graph(echo_node("A"), goal_conditions=[{}]), ("too_long", "/goal_conditions")),
+    "goal condition": (
+        graph(echo_node("A"), goal_conditions=[{}]),
+        ("too_long", "/goal_conditions"),
+    ),
     "durability": (
         graph(echo_node("A"), constraints={"durability": "pipelined"}),
         ("literal_error", "/constraints/durability"),
@@ -317,9 +317,7 @@ REJECTED: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
                 "$ref": "#/$defs/d0",
                 "$defs": {
                     "d40": {},
-                    **{
-                        f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)
-                    },
+                    **{f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)},
                 },
             }
         ),
@@ -345,7 +343,11 @@ async def test_an_envelope_that_breaks_a_rule_is_refused(
 
 
 async def test_a_key_or_a_stream_makes_no_difference_to_a_refusal(service: RunningService) -> None:
-    for headers in ({"Accept": "text/event-stream"}, {"Prefer": "wait=5"}, {"Idempotency-Key": "k"}):
+    for headers in (
+        {"Accept": "text/event-stream"},
+        {"Prefer": "wait=5"},
+        {"Idempotency-Key": "k"},
+    ):
         response = await service.client.post(
             "/v1/runs", json=graph(echo_node("A", "A")), headers=headers
         )
@@ -397,7 +399,10 @@ async def test_a_pattern_can_not_take_long(service: RunningService) -> None:
 
 
 async def test_a_schema_that_contains_itself_ends(service: RunningService) -> None:
-    for schema in ({"$ref": "#"}, {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#"}}}):
+    for schema in (
+        {"$ref": "#"},
+        {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#"}}},
+    ):
         response = await service.client.post(
             "/v1/runs", json=wanting(schema), headers={"Prefer": "wait=10"}
         )
@@ -462,7 +467,12 @@ MISBEHAVIOUR: dict[str, tuple[Behaviour, set[str], list[str], list[str]]] = {
     ),
     "fails": (sends(500, b"oops"), {"capability_unavailable"}, AGAIN, UNKNOWN),
     "is_busy": (sends(429, b"{}", "Retry-After: 0"), {"capability_overloaded"}, AGAIN, AGAIN),
-    "babbles": (sends(200, b"<html>", "Content-Type: text/html"), {"capability_garbage"}, AGAIN, ONCE),
+    "babbles": (
+        sends(200, b"<html>", "Content-Type: text/html"),
+        {"capability_garbage"},
+        AGAIN,
+        ONCE,
+    ),
     "not_json": (sends(200, b"{n: 1}", IS_JSON), {"capability_garbage"}, AGAIN, ONCE),
     "nan": (sends(200, b'{"n": NaN}', IS_JSON), {"capability_garbage"}, AGAIN, ONCE),
     "surrogate": (sends(200, b'{"n": "\\ud800"}', IS_JSON), {"capability_garbage"}, AGAIN, ONCE),

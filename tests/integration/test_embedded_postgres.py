@@ -27,7 +27,7 @@ import pytest
 
 from app.store import embedded, embedded_binaries, embedded_supervisor
 from app.store.embedded import EmbeddedPostgres, EmbeddedPostgresError
-from app.store.embedded_files import ELSEWHERE_NAME, remove_data
+from app.store.embedded_files import ELSEWHERE_NAME, remove_data, server_user
 from app.store.embedded_supervisor import live_postmaster, read_state
 from tests.servers import FAST_SETTINGS, eventually, free_port, start_redis
 
@@ -351,7 +351,9 @@ def test_a_stale_pid_file_does_not_hinder(used_dir: Path, owner: str) -> None:
 def test_a_postgres_of_somebody_else_is_left_alone(used_dir: Path) -> None:
     cluster = home_of(used_dir) / "cluster"
     owner = cluster.stat()
+    user = server_user(home_of(used_dir))
     binaries = embedded_binaries.find_binaries(cluster)
+    binaries = embedded_binaries.runnable(binaries, user, home_of(used_dir))
     stranger = subprocess.Popen(
         [binaries.folder / "postgres", "-D", cluster, "-p", str(free_port()), "-k", ""],
         stderr=subprocess.DEVNULL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import AsyncIterator
 from typing import Any
@@ -380,7 +381,11 @@ async def test_runs_are_listed_in_pages_without_gaps_or_doubles(service: Running
     found: list[str] = []
     cursor: str | None = None
     while True:
-        query: dict[str, Any] = {"label": "paged", "limit": 5, **({"cursor": cursor} if cursor else {})}
+        query: dict[str, Any] = {
+            "label": "paged",
+            "limit": 5,
+            **({"cursor": cursor} if cursor else {}),
+        }
         page = (await service.client.get("/v1/runs", params=query)).json()
         RunList.model_validate(page)
         found += [run["run_id"] for run in page["runs"]]
@@ -441,7 +446,9 @@ async def test_a_big_output_is_stored_beside_the_events(service: RunningService)
     big = "ü\n" * 50_000
     envelope = graph(
         echo_node("A", inputs={"big": {"value": big}}),
-        echo_node("B", "A", inputs={"size": {"value": 1}, "copy": {"from": "A", "pointer": "/big"}}),
+        echo_node(
+            "B", "A", inputs={"size": {"value": 1}, "copy": {"from": "A", "pointer": "/big"}}
+        ),
     )
     events = await service.stream(envelope)
     run_id = events[0].json["run_id"]
@@ -495,7 +502,9 @@ async def test_plans_are_shown_compared_and_previewed(service: RunningService) -
     ]
 
 
-@pytest.mark.parametrize("run_id", [NO_RUN, "nobody", "%00", "ffffffff-ffff-ffff-ffff-ffffffffffff"])
+@pytest.mark.parametrize(
+    "run_id", [NO_RUN, "nobody", "%00", "ffffffff-ffff-ffff-ffff-ffffffffffff"]
+)
 async def test_what_does_not_exist_is_not_found(service: RunningService, run_id: str) -> None:
     base = f"/v1/runs/{run_id}"
     for path in ("", "/events", "/plans", "/plans/1", "/plans/diff?from=1&to=1", "/debug"):
@@ -538,9 +547,7 @@ async def test_a_trace_of_the_caller_is_continued(service: RunningService) -> No
         body = http_capability(Tool(), "traced", "pure", config={"url": side.url})
         await register(service, body)
         envelope = graph(echo_node("A", capability="test.traced"))
-        events = await service.stream(
-            envelope, traceparent=f"00-{trace_id}-00f067aa0ba902b7-01"
-        )
+        events = await service.stream(envelope, traceparent=f"00-{trace_id}-00f067aa0ba902b7-01")
         assert {event.json["trace_id"] for event in events} == {trace_id}
         [exchange] = side.exchanges
         version, called_trace, span, flags = exchange.headers["traceparent"].split("-")
@@ -829,7 +836,7 @@ async def test_a_node_that_fails_twice_is_called_three_times_with_one_key(
     retries = [event.json["data"] for event in events if event.event == "NODE_RETRY"]
     assert [retry["error"]["code"] for retry in retries] == ["capability_unavailable"] * 2
     assert all(0 <= retry["delay_ms"] <= 20 for retry in retries)
-    assert [later.at >= earlier.at for earlier, later in zip(calls, calls[1:], strict=False)]
+    assert all(later.at >= earlier.at for earlier, later in itertools.pairwise(calls))
 
 
 async def test_a_node_gives_up_after_its_attempts(service: RunningService) -> None:

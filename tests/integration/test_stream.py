@@ -7,6 +7,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -16,9 +17,12 @@ import pytest
 import pytest_asyncio
 
 from app.api import stream as stream_module
+from app.domain.events import Event, EventType
 from app.domain.run import RunStatus
 from app.journal import feed as feed_module
-from app.kit.ids import id_at, new_id
+from app.journal.record import Append
+from app.kit.clock import now_ms
+from app.kit.ids import id_at, new_id, run_day
 from app.store.database import Database
 from app.store.partitions import prune
 from tests.conftest import make_settings
@@ -128,8 +132,8 @@ async def gated_run(service: RunningService, tool: Tool) -> str:
     """A run that waits in its node A until the tool's gate opens."""
     await register(service, http_capability(tool, "gated", "idempotent"))
     run = await service.submit(graph(echo_node("A", capability="test.gated"), echo_node("B", "A")))
+    await tool.called.wait()
     run_id: str = run["run_id"]
-    await until(service, run_id, "NODE_START")
     return run_id
 
 
@@ -213,6 +217,8 @@ class CuttingProxy:
             yield self
         finally:
             server.close()
+            for task in self._tasks:
+                task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
@@ -246,9 +252,11 @@ async def test_a_line_cut_again_and_again_during_a_run_loses_nothing(
         await asyncio.sleep(dice.uniform(0, 0.01))
         respond(writer, 200, {"text": NASTY})
 
-    async with running_tool(drowsy=drowsy) as tool, CuttingProxy(
-        service.url, seed
-    ).running() as proxy, asyncio.timeout(40):
+    async with (
+        running_tool(drowsy=drowsy) as tool,
+        CuttingProxy(service.url, seed).running() as proxy,
+        asyncio.timeout(40),
+    ):
         await register(service, http_capability(tool, "drowsy", "pure"))
         nodes = [echo_node("n0", capability="test.drowsy")]
         nodes += [
@@ -520,9 +528,7 @@ async def test_streams_of_one_run_share_frames_and_ask_the_database_nothing(
         run_id = await gated_run(service, tool)
         await nobody_follows(service)
         async with AsyncExitStack() as stack:
-            readers = [
-                await stack.enter_async_context(followed(service, run_id)) for _ in range(5)
-            ]
+            readers = [await stack.enter_async_context(followed(service, run_id)) for _ in range(5)]
             for read in readers:
                 await read(lambda parser: len(parser.events) == 4)
             [channel] = feed._channels.values()
@@ -652,13 +658,14 @@ async def test_what_retention_took_is_a_gap_and_then_the_end(shared_dsn: str) ->
     async with journal_kit(shared_dsn) as kit:
         handle, accepted = kit.submit(run_id=old)
         await accepted
-        await kit.log(handle, *"abcd", status=RunStatus.DONE)
+        await kit.log(handle, *"abc")
+        done = [Event(EventType.RUN_DONE, {"output": {}})]
+        handle.stamp(done, now_ms())
+        await kit.journal.record(handle, Append(done, RunStatus.DONE, None))
     database = await Database.open(shared_dsn)
     try:
-        [dropped] = [
-            day for day in await prune(database, _day_after(old)) if day.runs and day.dropped
-        ]
-        assert dropped.runs == 1
+        pruned = await prune(database, run_day(old) + timedelta(days=1))
+        assert [(day.runs, day.dropped) for day in pruned] == [(1, True)]
     finally:
         await database.close()
 
@@ -673,24 +680,3 @@ async def test_what_retention_took_is_a_gap_and_then_the_end(shared_dsn: str) ->
         assert ended.status_code == 204
         shown = (await service.client.get(f"/v1/runs/{old}")).json()
         assert (shown["status"], shown["last_seq"], shown["nodes"]) == ("done", 5, [])
-    # The audit of this database is about runs with a journal.
-    async with _connected(shared_dsn) as database:
-        async with database.transaction() as connection:
-            await connection.exec_driver_sql("delete from run_heads where run_id = $1", (old,))
-
-
-def _day_after(run_id: UUID) -> Any:
-    from datetime import timedelta
-
-    from app.kit.ids import run_day
-
-    return run_day(run_id) + timedelta(days=1)
-
-
-@asynccontextmanager
-async def _connected(dsn: str) -> AsyncIterator[Database]:
-    database = await Database.open(dsn)
-    try:
-        yield database
-    finally:
-        await database.close()

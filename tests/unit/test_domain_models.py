@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import FrozenInstanceError
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -92,6 +93,22 @@ def test_attempts_follow_from_the_effect_unless_they_are_given(
 ) -> None:
     found = Registration.model_validate(_registration(effect=effect, max_attempts=given))
     assert found.attempts_max == expected
+
+
+def test_the_operator_speaks_where_a_registration_is_silent() -> None:
+    silent = Registration.model_validate(_registration())
+    found = silent.with_defaults(timeout_s=7, attempts_max=5)
+    assert (found.timeout_s, found.attempts_max) == (7, 5)
+    assert (silent.timeout_s, silent.attempts_max) == (60, 3)
+    spoken = Registration.model_validate(_registration(timeout_s=60, max_attempts=2))
+    assert spoken.with_defaults(timeout_s=7, attempts_max=5) == spoken
+
+
+def test_no_default_makes_an_at_most_once_capability_repeat() -> None:
+    once = Registration.model_validate(_registration(effect="at_most_once"))
+    assert once.with_defaults(timeout_s=7, attempts_max=5).attempts_max == 1
+    asked = Registration.model_validate(_registration(effect="at_most_once", max_attempts=4))
+    assert asked.with_defaults(timeout_s=7, attempts_max=5).attempts_max == 4
 
 
 def test_silence_is_three_intervals_unless_it_is_given() -> None:
@@ -336,6 +353,12 @@ def test_a_binding_keeps_any_value() -> None:
         "b": ValueBinding(value={"from": "A"}),
         "c": FromBinding.model_validate({"from": "A", "pointer": ""}),
     }
+
+
+def test_envelopes_share_their_defaults() -> None:
+    first, second = (Envelope.model_validate(_envelope()) for _ in range(2))
+    assert deepcopy(first) is first, "nothing in it can change"
+    assert first.constraints is second.constraints
 
 
 def test_values_of_the_domain_do_not_change() -> None:
