@@ -31,10 +31,22 @@ def install_openapi(app: FastAPI) -> None:
             for model in (Envelope, ResumeBody, RunResource):
                 _add(schemas, model)
             schemas["Event"] = _event_union(schemas)
+            _drop_default_problems(document)
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
+
+
+def _drop_default_problems(document: dict[str, Any]) -> None:
+    """FastAPI documents a 422 of its own wherever there is a parameter; ours are problems."""
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            content = operation["responses"].get("422", {}).get("content", {})
+            if "application/json" in content:
+                del operation["responses"]["422"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
 
 
 def _add(schemas: dict[str, Any], model: type[BaseModel]) -> None:

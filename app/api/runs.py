@@ -177,12 +177,15 @@ async def _after_waiting(
     wait_s: float,
     headers: dict[str, str] | None = None,
 ) -> Response:
-    """200 with the finished run if it ends in time, else 202 with the run as it is."""
+    """200 with the finished run if it ends in time, else 202 with the run as it is.
+
+    A run that waits for a human is answered at once: it may wait for days.
+    """
     channel = services.feed.enter(run_id, 0)
     services.feed.nudge()
     try:
         async with asyncio.timeout(wait_s):
-            while not channel.ended and not services.drain.is_draining:
+            while not (channel.rests or services.drain.is_draining):
                 await channel.wait()
     except TimeoutError:
         pass

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from app.domain.errors import FlexrunError
+from app.domain.events import TERMINAL_EVENTS, EventType
 from app.journal.frames import Frame, frame_of
 from app.kit.waiting import wait_at_most
 from app.store.events import EventReader
 
 log = logging.getLogger("flexrun.feed")
 
+RESTING_EVENTS = TERMINAL_EVENTS | {EventType.RUN_PAUSED}
 RING_FRAMES_MAX = 1_024
 RING_BYTES_MAX = 4 * 1024 * 1024
 PAGE_ROWS_MAX = 1_000
@@ -90,6 +92,11 @@ class Channel:
             self._bytes -= len(self.frames[drop].data)
             drop += 1
         del self.frames[:drop]
+
+    @property
+    def rests(self) -> bool:
+        """Nothing more comes by itself: the run ended, or waits for a human."""
+        return bool(self.frames) and self.frames[-1].type in RESTING_EVENTS
 
     def skip_to(self, seq: int) -> None:
         """The rows up to `seq` do not exist any more: whoever reads them must learn that."""

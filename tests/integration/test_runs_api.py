@@ -1061,3 +1061,19 @@ async def test_a_capability_that_is_gone_is_planned_around(service: RunningServi
         beat = await service.client.post("/v1/capabilities/test.cheap/heartbeat")
         assert (beat.status_code, beat.json()["status"]) == (200, "active")
         assert await planned() == ["test.cheap"]
+
+
+async def test_a_client_that_waits_is_answered_when_the_run_waits_for_a_human(
+    service: RunningService,
+) -> None:
+    async with running_tool(cut=hang_up) as tool:
+        body = http_capability(tool, "cut", "at_most_once")
+        assert (await service.client.post("/v1/capabilities", json=body)).status_code == 201
+        envelope = graph(echo_node("A"), echo_node("B", "A", capability="test.cut"))
+        async with asyncio.timeout(15):  # and not after the 60 s it is ready to wait
+            response = await service.client.post(
+                "/v1/runs", json=envelope, headers={"Prefer": "wait=60"}
+            )
+
+    assert response.status_code == 202
+    assert response.json()["status"] == "awaiting_human"

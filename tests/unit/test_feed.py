@@ -99,6 +99,28 @@ def test_a_big_append_stays_until_the_next_one() -> None:
     assert len(channel.frames) == RING_FRAMES_MAX
 
 
+def test_the_ring_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(_frame(100).data)
+    monkeypatch.setattr(feed, "RING_BYTES_MAX", 10 * size)
+    channel = _channel(99)
+    for seq in range(100, 200):
+        channel.push([_frame(seq)])
+        held = sum(len(frame.data) for frame in channel.frames)
+        assert held <= 11 * size, "the bound and the newest append"
+        assert held >= min(10, seq - 99) * size, "no more is forgotten than has to be"
+
+
+def test_rows_that_are_gone_leave_room_in_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(_frame(100).data)
+    monkeypatch.setattr(feed, "RING_BYTES_MAX", 10 * size)
+    channel = _channel(99)
+    channel.push(_frames(100, 120))
+    channel.skip_to(199)
+    for seq in range(200, 210):
+        channel.push([_frame(seq)])
+    assert _seqs(channel.after(199)) == list(range(200, 210))
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 8)), max_size=20), st.data())
 def test_readers_at_any_pace_get_every_frame_once_or_must_page(
@@ -299,7 +321,10 @@ async def test_a_page_is_given_to_the_reader_and_to_the_ring() -> None:
     assert channel.joined_after(5) == frame_of(6, "LOG", None, "INFO", b"6").data
 
 
-async def test_a_gap_between_published_frames_is_filled_from_the_journal() -> None:
+async def test_a_gap_between_published_frames_is_filled_from_the_journal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(feed, "POLL_S", 3_600)
     stored = StoredEvents({RUN: 9})
     following = _feed(stored)
     following.start()
@@ -314,6 +339,7 @@ async def test_a_gap_between_published_frames_is_filled_from_the_journal() -> No
 async def test_a_nudge_brings_every_open_channel_to_its_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(feed, "POLL_S", 3_600)
     monkeypatch.setattr(feed, "PAGE_ROWS_MAX", 2)
     stored = StoredEvents({RUN: 5, OTHER: 3})
     following = _feed(stored)
@@ -372,3 +398,20 @@ async def test_the_feed_asks_nothing_while_nobody_follows() -> None:
 
 async def test_a_feed_that_never_started_can_be_closed() -> None:
     await _feed(StoredEvents({})).close()
+
+
+async def test_a_closed_feed_has_no_tailer_and_asks_no_more() -> None:
+    stored = StoredEvents({RUN: 1})
+    following = _feed(stored)
+    following.start()
+    following.enter(RUN, 0)
+    assert _tailers() == 1
+    await following.close()
+    assert _tailers() == 0
+    following.nudge()
+    await asyncio.sleep(0)
+    assert not stored.looked.is_set()
+
+
+def _tailers() -> int:
+    return sum(task.get_name() == "feed-tailer" for task in asyncio.all_tasks())
