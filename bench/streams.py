@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import resource
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,8 @@ from bench.limits import stand_in
 from bench.process import Running
 from bench.rig import Rig
 from bench.stats import Goal
+
+Go = Callable[[], Coroutine[Any, Any, None]]
 
 CLIENTS = 1_000
 WIDTH = 200
@@ -60,8 +62,9 @@ async def streams(rig: Rig) -> None:
             goal=Goal(25, 13),
         )
         before = (await calls.json("GET", f"/v1/runs/{run['run_id']}"))["last_seq"]
-        took = await _fan_out(service.port, path, clients, gate.open)
+        took, received = await _fan_out(service.port, path, clients, gate.open)
         events = (await calls.json("GET", f"{path}?limit=1000&after={before}"))["events"]
+    _check(received, events)
     rig.book.add(OURS, "frames/s", clients * len(events) / took)
     rig.book.add(STOCK, "frames/s", await _stock(rig, events, clients))
 
@@ -79,17 +82,25 @@ async def _idle_kb(service: Running, path: str, clients: int) -> float:
     return grown / clients / 1024
 
 
-async def _fan_out(port: int, path: str, clients: int, go: Any) -> float:
-    """Seconds from the go to the end of the last stream."""
+async def _fan_out(port: int, path: str, clients: int, go: Go) -> tuple[float, int]:
+    """Seconds from the go to the end of the last stream, and the bytes of the shortest one."""
     sinks = await client.attach(port, path, clients)
     await asyncio.sleep(SETTLE_S / 2)
     started = time.perf_counter()
-    going = asyncio.ensure_future(go())
+    going = asyncio.create_task(go())
     ends = await asyncio.gather(*(sink.ended for sink in sinks))
     await going
+    least = min(sink.received for sink in sinks)
     for sink in sinks:
         sink.close()
-    return max(ends) - started
+    return max(ends) - started, least
+
+
+def _check(received: int, events: list[dict[str, Any]]) -> None:
+    """A stream that lost frames would win."""
+    needed = sum(len(orjson.dumps(event)) for event in events)
+    if received < needed:
+        raise RuntimeError(f"a client got {received} bytes, the events alone have {needed}")
 
 
 async def _stock(rig: Rig, events: list[dict[str, Any]], clients: int) -> float:
@@ -108,7 +119,8 @@ async def _stock(rig: Rig, events: list[dict[str, Any]], clients: int) -> float:
         async def go() -> None:
             await calls.answer(client.request("POST", "/go"))
 
-        took = await _fan_out(server.port, "/stream", clients, go)
+        took, received = await _fan_out(server.port, "/stream", clients, go)
+    _check(received, events)
     return clients * len(events) / took
 
 

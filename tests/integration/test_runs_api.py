@@ -1068,7 +1068,7 @@ async def test_a_client_that_waits_is_answered_when_the_run_waits_for_a_human(
 ) -> None:
     async with running_tool(cut=hang_up) as tool:
         body = http_capability(tool, "cut", "at_most_once")
-        assert (await service.client.post("/v1/capabilities", json=body)).status_code == 201
+        await register(service, body)
         envelope = graph(echo_node("A"), echo_node("B", "A", capability="test.cut"))
         async with asyncio.timeout(15):  # and not after the 60 s it is ready to wait
             response = await service.client.post(
