@@ -22,7 +22,6 @@ import orjson
 
 from app.domain.decide import decide
 from app.domain.events import Event, EventType
-from app.domain.plan import Plan
 from app.domain.run import RunStatus
 from app.domain.snapshot import state_as_dict
 from app.domain.state import CapabilityKey, apply
@@ -169,8 +168,8 @@ def _decide(run: DrivenRun, drive: Drive, step: _Step) -> None:
         step.note(run, [event_limit(drive.limits.events_max)])
         return
     limits = run.limits
-    if state.plan is not None and (state.ready_limited or state.waiting):
-        limits = replace(limits, free_slots=drive.executor.slots.free(_limited(state.plan)))
+    if state.ready_limited or state.waiting:
+        limits = replace(limits, free_slots=drive.executor.slots.free(_limited(run)))
     decision = decide(state, step.now, limits)
     step.note(run, decision.events)
     step.wake_at = decision.wake_at
@@ -179,6 +178,7 @@ def _decide(run: DrivenRun, drive: Drive, step: _Step) -> None:
     if state.plan is not None:
         for node_id in step.to_call:
             drive.executor.slots.take(run, state.plan.nodes[node_id])
+        drive.executor.slots.pass_on()
 
 
 def _close(run: DrivenRun, drive: Drive, append: Append) -> None:
@@ -207,13 +207,18 @@ async def _record(run: DrivenRun, drive: Drive, append: Append) -> None:
     failpoints.hit(f"{point}after_{finish}")
 
 
-def _limited(plan: Plan) -> dict[CapabilityKey, int]:
-    """The capabilities of a plan that bound how many of their calls run at once."""
-    return {
-        (node.capability_id, node.capability_version): node.concurrency
-        for node in plan.nodes.values()
-        if node.concurrency is not None
-    }
+def _limited(run: DrivenRun) -> dict[CapabilityKey, int]:
+    """The capabilities of the plan that bound how many of their calls run at once."""
+    plan = run.state.plan
+    assert plan is not None
+    if run.limited is None or run.limited[0] is not plan:
+        found = {
+            (node.capability_id, node.capability_version): node.concurrency
+            for node in plan.nodes.values()
+            if node.concurrency is not None
+        }
+        run.limited = (plan, found)
+    return run.limited[1]
 
 
 def _ask_for_slots(run: DrivenRun, drive: Drive) -> None:

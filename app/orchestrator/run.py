@@ -10,6 +10,7 @@ from app.domain.contract import Contract
 from app.domain.decide import Failure, RunLimits
 from app.domain.envelope import Envelope
 from app.domain.events import Event
+from app.domain.plan import Plan
 from app.domain.state import CapabilityKey, RunState
 from app.journal.record import Append, RunHandle
 from app.orchestrator.signals import Signal
@@ -92,6 +93,7 @@ class DrivenRun:
     outputs: dict[str, Any] = field(default_factory=dict)
     calls: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     slots: dict[str, CapabilityKey] = field(default_factory=dict)
+    limited: tuple[Plan, dict[CapabilityKey, int]] | None = None
     durable_seq: int = 0
     snapshot_seq: int = 0
 
