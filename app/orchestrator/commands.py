@@ -159,7 +159,8 @@ class Commands:
                 run.refuse(error if isinstance(error, Exception) else RuntimeError())
                 return
             run.durable_seq = run.handle.seq
-            run.accepted.set_result(None)
+            if not run.accepted.done():  # the client may have given up waiting
+                run.accepted.set_result(None)
             self.runner.hand_off(run_id, partial(_claimed_inside, run, opening.events[0]))
 
         recorded.add_done_callback(durable)

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import asyncpg
 from sqlalchemy import URL, make_url, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as NoFreeConnection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from app.domain.errors import Unavailable
@@ -117,7 +118,7 @@ class Database:
 async def _translated() -> AsyncIterator[None]:
     try:
         yield
-    except TRANSIENT as error:
+    except (*TRANSIENT, NoFreeConnection) as error:
         raise Unavailable("The journal is out of reach.", code="database_unreachable") from error
     except DBAPIError as error:
         driver = getattr(error.orig, "__cause__", None) or error.orig

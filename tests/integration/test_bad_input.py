@@ -349,7 +349,7 @@ async def test_a_key_or_a_stream_makes_no_difference_to_a_refusal(service: Runni
         {"Idempotency-Key": "k"},
     ):
         response = await service.client.post(
-            "/v1/runs", json=graph(echo_node("A", "A")), headers={name: value}
+            "/v1/runs", json=graph(echo_node("A", "A")), headers=headers
         )
         problem(response, 422, "plan_rejected")
 

@@ -134,7 +134,7 @@ async def connections_of(dsn: str) -> int:
 
 def task_names() -> Counter[str]:
     """What runs in this loop, without the tool's own connections."""
-    names = Counter(task.get_coro().__qualname__ for task in asyncio.all_tasks())
+    names = Counter(getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks())
     del names["Tool._serve"]
     return names
 
@@ -230,7 +230,7 @@ async def test_a_service_without_free_connections_says_try_again(
         monkeypatch.setattr(engine.pool, "_timeout", 0.05)
         async with AsyncExitStack() as stack:
             for _ in range(8):
-                await stack.enter_async_context(engine.connect())
+                _ = await stack.enter_async_context(engine.connect())
             for path in ("", "/events", "/plans", "/debug"):
                 response = await service.client.get(f"/v1/runs/{run['run_id']}{path}")
                 problem(response, 503, "database_unreachable")

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -116,6 +117,10 @@ async def followed(
         yield read
 
 
+def has_more_than(count: int, parser: SseParser) -> bool:
+    return len(parser.events) > count
+
+
 def never(_parser: SseParser) -> bool:
     """Reads to the end of the stream."""
     return False
@@ -156,12 +161,11 @@ async def test_a_stream_cut_at_any_byte_is_completed_by_a_reconnect(
     journal = await stored(service, run["run_id"])
     assert seen(parse([whole]).events) == journal
 
-    rests = {
-        after: blocks(rest)[1:] if (rest := await raw_stream(service, run["run_id"], after)) else []
-        for after in range(len(frames) + 1)
-    }
-    for after, rest in rests.items():
-        assert rest == frames[after:]
+    rests: list[list[bytes]] = []
+    for after in range(len(frames) + 1):
+        raw = await raw_stream(service, run["run_id"], after)
+        rests.append(blocks(raw)[1:] if raw else [])
+        assert rests[after] == frames[after:]
 
     # What a client has after a prefix is what it has when it got the prefix byte by byte.
     growing = SseParser()
@@ -494,20 +498,20 @@ async def test_the_ring_of_a_long_run_stays_bounded(
         envelope = wide(150)
         envelope["goal_graph"]["nodes"][0]["capability"] = "test.gated"
         run = await service.submit(envelope)
-        [channel_size_max, shown] = [0, 0]
+        size_max = shown = 0
         async with followed(service, run["run_id"]) as read:
             await read(lambda parser: bool(parser.events))
             [channel] = service.services.feed._channels.values()
             tool.gate.set()
             while True:
-                parser = await read(lambda parser, shown=shown: len(parser.events) > shown)
-                channel_size_max = max(channel_size_max, len(channel.frames))
+                parser = await read(partial(has_more_than, shown))
+                size_max = max(size_max, len(channel.frames))
                 if len(parser.events) == shown:
                     break
                 shown = len(parser.events)
         assert seen(parser.events) == await stored(service, run["run_id"])
         # One append of the run has up to 151 events; the ring keeps at most that much more.
-        assert channel_size_max <= 40 + 2 * 151
+        assert size_max <= 40 + 2 * 151
         late = await service.events(run["run_id"])
         assert seen(late) == seen(parser.events)
 
