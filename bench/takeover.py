@@ -50,24 +50,25 @@ async def _database(rig: Rig) -> str:
 
 async def _kill_and_restart(dsn: str | None, data_dir: Path | None) -> list[float]:
     """Seconds from the start of the new process to the next node event."""
-    service = await process.start(database_url=dsn, data_dir=data_dir)
-    run_id = await _run_until_under_way(service)
-    await service.kill()
-    again = await process.start(database_url=dsn, data_dir=data_dir)
-    try:
+    run_id, _ = await _killed_under_way(dsn, data_dir)
+    async with process.running(database_url=dsn, data_dir=data_dir) as again:
         return await _went_on(again, run_id, again.spawned_at)
-    finally:
-        await again.stop()
 
 
 async def _kill_beside_another(dsn: str) -> list[float]:
     """Seconds from the kill to the next node event, which another process records."""
     async with process.running(database_url=dsn) as other:
-        service = await process.start(database_url=dsn)
-        run_id = await _run_until_under_way(service)
-        killed_at = time.time()
-        await service.kill()
+        run_id, killed_at = await _killed_under_way(dsn, None)
         return await _went_on(other, run_id, killed_at)
+
+
+async def _killed_under_way(dsn: str | None, data_dir: Path | None) -> tuple[str, float]:
+    """The run that a service was killed over, and when that was."""
+    service = await process.start(database_url=dsn, data_dir=data_dir)
+    try:
+        return await _run_until_under_way(service), time.time()
+    finally:
+        await service.kill()
 
 
 async def _run_until_under_way(service: Running) -> str:

@@ -12,14 +12,14 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+@functools.lru_cache(maxsize=64)
 def rfc3339(ms: int) -> str:
-    """`2026-11-21T09:30:00.123Z`."""
+    """`2026-11-21T09:30:00.123Z`. Cached: all events of an append have the same time."""
     return f"{_second(ms // 1000)}.{ms % 1000:03}Z"
 
 
 @functools.lru_cache(maxsize=16)
 def _second(seconds: int) -> str:
-    """Times are asked for again and again within the same second."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
