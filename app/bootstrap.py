@@ -66,9 +66,13 @@ class Services:
 
 
 @asynccontextmanager
-async def open_services(settings: Settings, dsn: str) -> AsyncIterator[Services]:
+async def open_services(
+    settings: Settings, dsn: str, *, sole_user: bool = False
+) -> AsyncIterator[Services]:
     """Open everything, in the order in which it depends on each other, and close it in reverse.
 
+    `sole_user`: we started the database server, and nobody else uses it. Whoever held runs before
+    is dead, and no lease of theirs is waited for.
     Raises `NotReady` when the database is behind or not durable, `Unavailable` when it is away.
     """
     if settings.failpoint:
@@ -115,7 +119,7 @@ async def open_services(settings: Settings, dsn: str) -> AsyncIterator[Services]
                 settings.value_bytes_max, settings.backoff_base_ms, settings.backoff_max_ms
             ),
         )
-        lease = Lease(connect_here)
+        lease = Lease(connect_here, sole_user=sole_user)
         plan_limits = PlanLimits(settings.nodes_max, settings.edges_max, settings.depth_max)
         drive = Drive(
             journal=journal,

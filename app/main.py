@@ -34,12 +34,12 @@ reference count: looking at every 700 took a twentieth of the time."""
 ROUTERS = (runs, events, plans, capabilities, facets, contracts, health)
 
 
-def create_app(settings: Settings, dsn: str) -> FastAPI:
+def create_app(settings: Settings, dsn: str, *, sole_user: bool = False) -> FastAPI:
     """The app over a database at head. Its lifespan opens the services and starts the worker."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_services(settings, dsn) as services:
+        async with open_services(settings, dsn, sole_user=sole_user) as services:
             worker = Worker(services)
             await worker.start()
             app.state.services = services

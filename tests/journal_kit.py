@@ -74,7 +74,8 @@ class JournalKit:
         """Append LOG events."""
         events = [Event(EventType.LOG, {"message": text}) for text in texts]
         handle.stamp(events, now_ms())
-        return self.journal.record(handle, Append(events, status, "w1", **more))
+        owner = "w1" if status is RunStatus.RUNNING else None
+        return self.journal.record(handle, Append(events, status, owner, **more))
 
     async def rows(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
         connection = await asyncpg.connect(self.dsn)

@@ -61,9 +61,8 @@ async def start_service(dsn: str, **settings: str) -> ServiceProcess:
         "FLEXRUN_DRAIN_GRACE_S": "2",
         **{f"FLEXRUN_{name.upper()}": value for name, value in settings.items()},
     }
-    if "failpoint" in settings:
-        # What ends by SIGKILL is never measured: spare it the cost of being traced.
-        environment.pop("COVERAGE_PROCESS_CONFIG", None)
+    # What ends by SIGKILL is never measured: spare these processes the cost of being traced.
+    environment.pop("COVERAGE_PROCESS_CONFIG", None)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "app.cli.main", "serve", "--port", "0"),
         env=environment,

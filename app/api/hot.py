@@ -1,7 +1,8 @@
 """The hot route ahead of FastAPI: `POST /v1/runs` without its middleware, routing and dependencies.
 
 FastAPI documents the route and would answer it in the same way, with the same function; its
-machinery around the call costs more than planning and journaling a small run together.
+machinery around the call costs more than planning and journaling a small run together. Streams of
+other routes are run here as well, after FastAPI has returned.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.errors import answer_error
 from app.api.runs import submit_run
+from app.api.stream import STREAMS
 
 
 class HotRoutes:
@@ -21,9 +23,17 @@ class HotRoutes:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != "/v1/runs" or scope["method"] != "POST":
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
+        elif scope["path"] == "/v1/runs" and scope["method"] == "POST":
+            await self._submit(scope, receive, send)
+        else:
+            streams = scope[STREAMS] = []
+            await self._app(scope, receive, send)
+            for stream in streams:
+                await stream(scope, receive, send)
+
+    async def _submit(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self._app
         request = Request(scope, receive)
         try:

@@ -27,6 +27,9 @@ HEARTBEAT_S = 15.0
 SEND_TIMEOUT_S = 20.0
 SEND_BYTES_MAX = 64 * 1024
 DRAIN_SPREAD_S = 1.0
+STREAMS = "flexrun.streams"
+"""Where in the scope our server wants a stream put, to run it when the framework's frames are gone:
+an open stream then costs half the memory."""
 TRANSPORT = "flexrun.transport"
 """ASGI extension of our server: the socket's transport, to see and to cut dead clients."""
 
@@ -67,6 +70,10 @@ class EventStream(EventSourceResponse):
         self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        streams: list[EventStream] | None = scope.pop(STREAMS, None)
+        if streams is not None:
+            streams.append(self)
+            return
         transport = (scope.get("extensions") or {}).get(TRANSPORT, {}).get("transport")
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 import typer
@@ -101,13 +101,20 @@ def database_errors() -> Iterator[None]:
         raise CliError(f"The embedded Postgres: {error}", exit_code=ExitCode.UNREACHABLE) from None
 
 
+class DatabaseInUse(NamedTuple):
+    """The address of the database, and whether it is an embedded one that nobody else uses."""
+
+    dsn: str
+    sole_user: bool
+
+
 @contextmanager
-def database_of(settings: Settings) -> Iterator[str]:
-    """The address of the database in use; the embedded one runs at least as long as the block."""
+def database_of(settings: Settings) -> Iterator[DatabaseInUse]:
+    """The database in use; the embedded one runs at least as long as the block."""
     if settings.database_url is not None:
-        yield settings.database_url.get_secret_value()
+        yield DatabaseInUse(settings.database_url.get_secret_value(), sole_user=False)
         return
     from app.store.embedded import EmbeddedPostgres  # noqa: PLC0415 - see above
 
     with EmbeddedPostgres.start(settings.data_dir) as server:
-        yield server.dsn
+        yield DatabaseInUse(server.dsn, sole_user=server.launched)

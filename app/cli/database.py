@@ -24,7 +24,7 @@ def migrate(database_url: DatabaseUrl = None, data_dir: DataDir = None) -> None:
     from app.cli.upkeep import migrate_database  # noqa: PLC0415 - heavy, see there
 
     settings = load_settings(database_url=database_url, data_dir=data_dir)
-    with database_errors(), database_of(settings) as dsn:
+    with database_errors(), database_of(settings) as (dsn, _):
         before, after = migrate_database(dsn)
     if before == after:
         out(f"The database is at revision {after} already.")
@@ -45,7 +45,7 @@ def prune(
 
     before = datetime.now(UTC).date() - timedelta(days=days_of(older_than))
     settings = load_settings(database_url=database_url, data_dir=data_dir)
-    with database_errors(), database_of(settings) as dsn:
+    with database_errors(), database_of(settings) as (dsn, _):
         pruned = prune_database(dsn, before, dry_run=dry_run)
     for day in pruned:
         out(f"{day.day}  {day.runs} runs  {_fate(day, dry_run=dry_run)}")

@@ -142,7 +142,7 @@ def _database(settings: Settings) -> Iterator[Check]:
     from app.cli.upkeep import facts_of  # noqa: PLC0415 - heavy, see there
 
     try:
-        with database_errors(), database_of(settings) as dsn:
+        with database_errors(), database_of(settings) as (dsn, _):
             facts = facts_of(dsn)
     except CliError as error:
         todo = "Is it running, and are address, user and password right?"

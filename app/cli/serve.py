@@ -56,15 +56,15 @@ def serve(
         # threads must never import the same packages at once, or they see each other's halves.
         importing = threading.Thread(target=importlib.import_module, args=("app.cli.service",))
         importing.start()
-        with database_of(settings) as dsn:
+        with database_of(settings) as database:
             importing.join()
             from app.cli.service import run_service  # noqa: PLC0415 - heavy: the whole app
 
             if settings.database_url is None:
                 from app.cli.upkeep import migrate_database  # noqa: PLC0415 - heavy, see there
 
-                migrate_database(dsn)
-            run_service(settings, dsn, listeners, way_out.end)
+                migrate_database(database.dsn)
+            run_service(settings, database, listeners, way_out.end)
 
 
 def _configure_log(settings: Settings) -> None:

@@ -18,7 +18,7 @@ from types import FrameType
 
 from fastapi import FastAPI
 
-from app.cli.config import masked
+from app.cli.config import DatabaseInUse, masked
 from app.cli.errors import ExitCode
 from app.main import Server, create_app, make_server
 from app.settings import Settings
@@ -52,7 +52,7 @@ class _StartWatch:
 
 def run_service(
     settings: Settings,
-    dsn: str,
+    database: DatabaseInUse,
     listeners: list[socket.socket],
     signals_taken: Callable[[], None],
 ) -> None:
@@ -60,7 +60,7 @@ def run_service(
 
     `signals_taken` is called once uvicorn heeds the signals. Raises why the app did not start.
     """
-    app = create_app(settings, dsn)
+    app = create_app(settings, database.dsn, sole_user=database.sole_user)
     watch = _StartWatch(app)
     server = make_server(app, settings)
 

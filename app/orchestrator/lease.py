@@ -19,7 +19,12 @@ from app.journal.record import LeaseLost
 from app.kit.ids import new_id
 from app.kit.waiting import wait_at_most
 from app.store.database import HotConnection
-from app.store.leases import other_workers, register_worker, renew_lease
+from app.store.leases import (
+    forget_earlier_workers,
+    other_workers,
+    register_worker,
+    renew_lease,
+)
 
 log = logging.getLogger("flexrun.lease")
 
@@ -30,8 +35,11 @@ FENCE_S = 7.0
 class Lease:
     """Who this worker is, and whether it may still write. `session` holds the advisory lock."""
 
-    def __init__(self, connect: Callable[[], Awaitable[HotConnection]]) -> None:
+    def __init__(
+        self, connect: Callable[[], Awaitable[HotConnection]], *, sole_user: bool = False
+    ) -> None:
         self._connect = connect
+        self._sole_user = sole_user
         self._session: HotConnection | None = None
         self._good_until = 0.0
         self._renewed_at = 0.0
@@ -85,6 +93,8 @@ class Lease:
         self._renewed_at = started
         self._registered.set()
         if insert:
+            if self._sole_user:
+                await forget_earlier_workers(session)
             log.info("worker %s takes part", self.worker_id)
 
     async def renew(self) -> None:

@@ -71,6 +71,8 @@ class EmbeddedPostgres:
         self.home = home
         self._users_fd: int | None = users_fd
         self._reaper = reaper
+        self.launched = reaper is not None
+        """Whether this use started the server: then nobody else was using it."""
 
     @classmethod
     def start(cls, data_dir: Path, *, settings: Mapping[str, str] | None = None) -> Self:

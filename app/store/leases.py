@@ -59,6 +59,15 @@ async def register_worker(
     return True
 
 
+async def forget_earlier_workers(connection: HotConnection) -> None:
+    """Forget workers of an earlier start of the server; their runs can be claimed at once.
+
+    Only for a server that we started for ourselves: on any other they may be alive and about to
+    register again.
+    """
+    await connection.execute("delete from workers where pg_start <> pg_postmaster_start_time()")
+
+
 async def renew_lease(connection: HotConnection, worker_id: str) -> bool:
     """One row, without waiting for the disk: losing a renewal in a crash only shortens a lease."""
     async with connection.transaction():

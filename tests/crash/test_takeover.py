@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -12,6 +14,8 @@ import httpx
 import pytest
 
 from app.bootstrap import Services
+from app.store.embedded import EmbeddedPostgres
+from app.store.embedded_files import remove_data
 from tests.crash.checker import ClientLog, check
 from tests.envelopes import diamond, echo_node, graph
 from tests.process import ServiceProcess, service_process
@@ -269,3 +273,25 @@ async def test_a_run_that_can_not_be_read_ends_and_holds_nobody_up(
     spoiled = await service.events(runs[0]["run_id"])
     assert spoiled[-1].json["data"]["error"]["code"] == "run_unreadable"
     assert (await service.events(runs[1]["run_id"]))[-1].event == "RUN_DONE"
+
+
+async def test_a_service_that_owns_its_postgres_waits_for_no_lease_after_a_crash(
+    tmp_path: Path, tool: Tool
+) -> None:
+    """Its Postgres died with it and came back with it: no earlier worker can be alive."""
+    async with service_process("", data_dir=str(tmp_path)) as first:
+        run_id = await begin(first, tool, gated())
+        with EmbeddedPostgres.start(tmp_path) as server:
+            connection = await asyncpg.connect(server.dsn)
+            lease_until = await connection.fetchval("select lease_until from workers")
+            await connection.close()
+        await first.kill()
+    async with service_process("", data_dir=str(tmp_path)) as second:
+        await asyncio.wait_for(tool.called.wait(), PATIENCE_S)
+        tool.gate.set()
+        assert second.url is not None
+        async with httpx.AsyncClient(base_url=second.url) as http:
+            page = (await http.get(f"/v1/runs/{run_id}/events")).json()["events"]
+    [recovered] = of_type(page, "RUN_RECOVERED")
+    assert datetime.fromisoformat(recovered["ts"]) < lease_until
+    remove_data(tmp_path)

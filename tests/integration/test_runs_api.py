@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import random
 from collections.abc import AsyncIterator
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -17,6 +19,7 @@ from app.adapters.capabilities.pack import standard_packs
 from app.api import negotiate
 from app.api.run_schemas import DebugView, RunList, RunResource
 from app.domain.capability import Effect
+from app.kit.ids import new_id
 from app.ports import Call
 from tests.envelopes import chain, diamond, echo_node, graph
 from tests.far_side import answer as answer_bytes
@@ -121,19 +124,20 @@ async def refuse(tool: Tool, body: dict[str, Any], writer: asyncio.StreamWriter)
 
 
 class Turnstile:
-    """A behaviour that counts how many calls are under way at once."""
+    """A behaviour that counts how many calls are under way at once. They end one by one."""
 
-    def __init__(self, hold_s: float = 0.02) -> None:
+    def __init__(self, hold_s: float = 0.04) -> None:
         self.inside = 0
         self.inside_max = 0
         self._hold_s = hold_s
+        self._dice = random.Random(11)
 
     async def __call__(
         self, tool: Tool, body: dict[str, Any], writer: asyncio.StreamWriter
     ) -> None:
         self.inside += 1
         self.inside_max = max(self.inside_max, self.inside)
-        await asyncio.sleep(self._hold_s)
+        await asyncio.sleep(self._dice.uniform(0, self._hold_s))
         self.inside -= 1
         await answer(tool, body, writer)
 
@@ -625,6 +629,11 @@ async def test_a_builtin_can_write_to_the_log_of_its_run(other: RunningService) 
 # A run that waits for a human
 
 
+async def close(tool: Tool, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    """Whoever calls never learns what happened."""
+    writer.transport.abort()
+
+
 async def parked(service: RunningService, tool: Tool) -> tuple[str, int]:
     """A run whose node B has an unknown outcome; its id and the seq of its pause."""
     strict = {
@@ -813,6 +822,40 @@ async def test_a_resume_that_is_sent_many_times_acts_once(service: RunningServic
     outcomes = [signal["outcome"] for signal in signals]
     assert len(outcomes) == statuses.count(202)
     assert outcomes.count("applied") == 1
+
+
+async def test_an_answer_to_an_earlier_pause_does_not_count(service: RunningService) -> None:
+    async with running_tool(cut=close) as tool:
+        run_id, first = await parked(service, tool)
+        url = f"/v1/runs/{run_id}/resume"
+        body = {"nodes": {"B": {"decision": "retry"}}}
+        assert (await service.client.post(url, json=body)).status_code == 202
+        second = (await until(service, run_id, "RUN_PAUSED", first)).seq
+
+        # It was accepted during the first pause, and is seen only now.
+        late = {"nodes": {"B": {"decision": "done", "output": {"ok": 1}}}, "paused_seq": first}
+        signal_id = new_id()
+        await rows(
+            service,
+            """insert into signals (signal_id, run_id, tenant_id, kind, body, created_at)
+            values ($1, $2, 'default', 'resume', $3, now())""",
+            signal_id,
+            UUID(run_id),
+            json.dumps(late),
+        )
+        outcome = None
+        async with asyncio.timeout(10):
+            while outcome is None:
+                sql = "select outcome from signals where signal_id = $1"
+                [[outcome]] = await rows(service, sql, signal_id)
+                await asyncio.sleep(0.02)
+        assert outcome.startswith("discarded")
+        run = (await service.client.get(f"/v1/runs/{run_id}")).json()
+        assert (run["status"], run["last_seq"]) == ("awaiting_human", second)
+
+        body = {"nodes": {"B": {"decision": "fail"}}}
+        assert (await service.client.post(url, json=body)).status_code == 202
+        await until(service, run_id, "RUN_FAILED", second)
 
 
 # How nodes run
