@@ -63,7 +63,7 @@ async def put_facet(request: Request, response: Response) -> FacetResource:
     "/v1/facets/{name}",
     summary="One facet",
     response_model=FacetResource,
-    responses=PROBLEMS(404, 422, 503),
+    responses=PROBLEMS(404, 503),
 )
 async def get_facet(request: Request, name: str) -> FacetResource:
     return facet_view(await services_of(request).registry.facet(tenant_of(request), name))

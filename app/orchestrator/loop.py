@@ -188,7 +188,7 @@ def _close(run: DrivenRun, drive: Drive, append: Append) -> None:
     append.owner = drive.lease.worker_id if state.status is RunStatus.RUNNING else None
     unsaved = state.seq - run.snapshot_seq
     parked = append.owner is None and not state.status.is_terminal
-    if parked or unsaved > max(SNAPSHOT_EVENTS_MIN, len(state.nodes)):
+    if unsaved > (0 if parked else max(SNAPSHOT_EVENTS_MIN, len(state.nodes))):
         append.snapshots.append((state.seq, orjson.dumps(state_as_dict(state)).decode()))
         run.snapshot_seq = state.seq
 

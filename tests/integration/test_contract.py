@@ -1,6 +1,6 @@
 """The OpenAPI document is true: every route, every status and every body is as it says.
 
-A scripted session asks every documented operation, and each answer is held against the schema of
+A script asks every documented operation, and each answer is held against the schema of
 its route and status. schemathesis then asks with what nobody would write by hand.
 """
 
