@@ -156,10 +156,6 @@ class Journal:
     def commits(self) -> int:
         return sum(writer.commits for writer in self._writers)
 
-    @property
-    def appends(self) -> int:
-        return sum(writer.appends for writer in self._writers)
-
     async def start(self) -> None:
         for writer in self._writers:
             await writer.start()
@@ -218,7 +214,6 @@ class _Writer:
         self._closing = False
         self._task: asyncio.Task[None] | None = None
         self.commits = 0
-        self.appends = 0
 
     async def start(self) -> None:
         self._connection = await self._connect()
@@ -303,7 +298,6 @@ class _Writer:
         landed = await append_batch(connection, [pending.move for pending in batch])
         failpoints.hit("commit.after_durable")
         self.commits += 1
-        self.appends += len(landed)
         for pending in batch:
             if pending.move.run_id in landed:
                 self._succeed(pending)
@@ -331,7 +325,6 @@ class _Writer:
                 if not await self._key_taken(pending):
                     again.append(pending)
             elif await self._was_committed(pending, head):
-                self.appends += 1
                 self._succeed(pending)
             elif head.epoch != move.epoch:
                 _fail(pending, LeaseLost(f"epoch {head.epoch}, ours was {move.epoch}"))

@@ -1,12 +1,11 @@
-"""Connections: an asyncpg pool for the hot statements, a SQLAlchemy engine for all others.
+"""Connections: own ones for the hot statements, a SQLAlchemy engine for all others.
 
-Both speak to the one Postgres. Every session has time limits, so that a lost client or a stuck lock
+All speak to the one Postgres. Every session has time limits, so that a lost client or a stuck lock
 can never hold the journal up.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
@@ -57,25 +56,18 @@ async def connect(dsn: str) -> HotConnection:
 
 
 class Database:
-    """The open connections of this process. `hot` is for `store/append.py` and its neighbours."""
+    """The engine of this process, for all statements that are not hot."""
 
-    def __init__(self, dsn: str, hot: asyncpg.Pool, engine: AsyncEngine) -> None:
+    def __init__(self, dsn: str, engine: AsyncEngine) -> None:
         self.dsn = dsn
-        self.hot = hot
         self.engine = engine
 
     @classmethod
-    async def open(cls, dsn: str, *, hot_size: int = 6) -> Database:
+    async def open(cls, dsn: str) -> Database:
         """Connect. Raises `Unavailable` (`database_unreachable`) when the server is not there."""
         try:
-            hot = await asyncpg.create_pool(
-                asyncpg_dsn(dsn),
-                min_size=2,
-                max_size=hot_size,
-                server_settings=SESSION_SETTINGS,
-                command_timeout=10,
-                max_inactive_connection_lifetime=0,
-            )
+            probe = await connect(dsn)
+            await probe.close(timeout=2)
         except (*TRANSIENT, *REFUSED, ValueError) as error:
             raise Unavailable(
                 f"Postgres can not be reached ({type(error).__name__}).",
@@ -90,15 +82,9 @@ class Database:
             hide_parameters=True,  # errors in the log must not quote what callers sent
             connect_args={"server_settings": SESSION_SETTINGS, "command_timeout": 30},
         )
-        return cls(dsn, hot, engine)
+        return cls(dsn, engine)
 
     async def close(self) -> None:
-        """Give every connection back; a connection that hangs is cut after 5 s."""
-        try:
-            async with asyncio.timeout(5):
-                await self.hot.close()
-        except TimeoutError:
-            self.hot.terminate()
         await self.engine.dispose()
 
     @asynccontextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import RowMapping, Select, and_, func, select
+from sqlalchemy import RowMapping, Select, and_, select
 
 from app.domain.events import TERMINAL_EVENTS
 from app.kit.ids import run_day
@@ -181,11 +181,3 @@ class EventReader:
             statement = statement.where(runs.c.label == label)
         async with self._database.read() as connection:
             return list((await connection.execute(statement)).mappings())
-
-    async def queue_depth(self) -> int:
-        """How many runs wait to be claimed for the first time."""
-        statement = select(func.count()).where(
-            run_heads.c.status == "queued", run_heads.c.owner.is_(None)
-        )
-        async with self._database.read() as connection:
-            return int((await connection.execute(statement)).scalar_one())

@@ -8,7 +8,6 @@ in every write is the fence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 from uuid import UUID
 
 from app.store.database import HotConnection
@@ -149,9 +148,3 @@ async def forget_workers(connection: HotConnection, dead: list[str]) -> None:
         and not exists (select from run_heads h where h.owner = w.worker_id)""",
         dead,
     )
-
-
-async def database_now(connection: HotConnection) -> datetime:
-    """The clock that leases are judged by."""
-    now: datetime = await connection.fetchval("select clock_timestamp()")
-    return now
