@@ -35,6 +35,7 @@ from app.settings import Settings
 from app.store.database import Database, HotConnection, connect, server_facts
 from app.store.events import EventReader
 from app.store.migrate import current_revision, head_revision
+from app.store.notify import WakeUps
 from app.store.partitions import make_partitions, make_partitions_hot
 from app.store.registry import RegistryStore
 
@@ -90,7 +91,11 @@ async def open_services(
         feed = Feed(reader)
         feed.start()
         stack.push_async_callback(feed.close)
-        journal = Journal(connect_here, feed, make_partitions_hot)
+        lease = Lease(connect_here, sole_user=sole_user)
+        wake_ups = WakeUps(connect_here, on_wake=feed.nudge, has_company=lambda: lease.has_company)
+        wake_ups.start()
+        stack.push_async_callback(wake_ups.close)
+        journal = Journal(connect_here, feed, make_partitions_hot, after_commit=wake_ups.announce)
         await journal.start()
         stack.push_async_callback(journal.close)
 
@@ -119,7 +124,6 @@ async def open_services(
                 settings.value_bytes_max, settings.backoff_base_ms, settings.backoff_max_ms
             ),
         )
-        lease = Lease(connect_here, sole_user=sole_user)
         plan_limits = PlanLimits(settings.nodes_max, settings.edges_max, settings.depth_max)
         drive = Drive(
             journal=journal,

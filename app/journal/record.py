@@ -148,9 +148,12 @@ class Journal:
         feed: FrameSink,
         make_partitions: Callable[[HotConnection, set[date]], Awaitable[None]],
         *,
+        after_commit: Callable[[], None] = lambda: None,
         writers: int = 2,
     ) -> None:
-        self._writers = [_Writer(connect, feed, make_partitions) for _ in range(writers)]
+        self._writers = [
+            _Writer(connect, feed, make_partitions, after_commit) for _ in range(writers)
+        ]
 
     @property
     def commits(self) -> int:
@@ -204,8 +207,10 @@ class _Writer:
         connect: Callable[[], Awaitable[HotConnection]],
         feed: FrameSink,
         make_partitions: Callable[[HotConnection, set[date]], Awaitable[None]],
+        after_commit: Callable[[], None],
     ) -> None:
         self._connect = connect
+        self._after_commit = after_commit
         self._feed = feed
         self._make_partitions = make_partitions
         self._connection: HotConnection | None = None
@@ -298,6 +303,7 @@ class _Writer:
         landed = await append_batch(connection, [pending.move for pending in batch])
         failpoints.hit("commit.after_durable")
         self.commits += 1
+        self._after_commit()
         for pending in batch:
             if pending.move.run_id in landed:
                 self._succeed(pending)

@@ -45,6 +45,8 @@ class Lease:
         self._renewed_at = 0.0
         self._registered = asyncio.Event()
         self._suspects: set[str] = set()
+        self.has_company = False
+        """Whether other workers took part at the last look."""
         self.worker_id = ""
 
     @property
@@ -122,6 +124,7 @@ class Lease:
         The lock only counts on the same Postgres server start: after a restart all locks are free.
         """
         others = await other_workers(self.session, self.worker_id)
+        self.has_company = bool(others)
         free = {w.worker_id for w in others if w.lock_free and w.same_server}
         dead = [w.worker_id for w in others if w.lease_over or w.worker_id in free & self._suspects]
         self._suspects = free

@@ -1,0 +1,87 @@
+"""Wake-ups between processes: quick, few, and only for those who have company."""
+
+from __future__ import annotations
+
+import asyncio
+
+import asyncpg
+import pytest
+
+from app.journal import feed
+from app.store.notify import CHANNEL
+from tests.conftest import make_settings
+from tests.envelopes import chain, diamond, echo_node, graph
+from tests.service import RunningService, running_service
+from tests.tools import answer_at_gate, http_capability, running_tool
+
+PATIENCE_S = 20.0
+
+
+async def see_each_other(*services: RunningService) -> None:
+    """Until every worker has seen that it is not alone."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not all(service.services.lease.has_company for service in services):
+            await asyncio.sleep(0.01)
+
+
+async def test_a_stream_elsewhere_needs_no_poll(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "POLL_S", 3_600.0)
+    async with (
+        running_tool(gate=answer_at_gate) as tool,
+        running_service(make_settings(), dsn) as driver,
+        running_service(make_settings(), dsn) as other,
+    ):
+        await see_each_other(driver, other)
+        body = http_capability(tool, "gate", "idempotent")
+        await driver.client.post("/v1/capabilities", json=body)
+        nodes = (echo_node("A"), echo_node("B", "A", capability="test.gate"), echo_node("C", "B"))
+        run = await driver.submit(graph(*nodes))
+        following = asyncio.create_task(other.events(run["run_id"]))
+        await asyncio.wait_for(tool.called.wait(), PATIENCE_S)
+        tool.gate.set()
+        events = await asyncio.wait_for(following, PATIENCE_S)
+
+    assert events[-1].event == "RUN_DONE"
+
+
+async def test_many_commits_make_few_notifications_and_none_alone(dsn: str) -> None:
+    heard: list[int] = []
+    listener = await asyncpg.connect(dsn)
+    await listener.add_listener(CHANNEL, lambda *_: heard.append(1))
+    async with running_service(make_settings(), dsn) as first:
+        assert (await first.finished(diamond()))["status"] == "done"
+        await listener.fetchval("select 1")
+        assert heard == []
+
+        async with running_service(make_settings(), dsn) as second:
+            await see_each_other(first, second)
+            before = first.services.journal.commits
+            await first.finished(chain(100))
+            commits = first.services.journal.commits - before
+            async with asyncio.timeout(PATIENCE_S):
+                while not heard:
+                    await listener.fetchval("select 1")
+            assert len(heard) < commits
+    await listener.close()
+
+
+async def test_wake_ups_come_back_after_the_connection_was_cut(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "POLL_S", 3_600.0)
+    async with (
+        running_service(make_settings(), dsn) as driver,
+        running_service(make_settings(), dsn) as other,
+    ):
+        await see_each_other(driver, other)
+        admin = await asyncpg.connect(dsn)
+        await admin.execute(
+            """select pg_terminate_backend(pid) from pg_stat_activity
+            where datname = current_database() and query ilike '%listen%'
+            and pid <> pg_backend_pid()"""
+        )
+        await admin.close()
+        run = await driver.finished(diamond())
+        events = await asyncio.wait_for(other.events(run["run_id"]), PATIENCE_S)
+
+    assert events[-1].event == "RUN_DONE"
