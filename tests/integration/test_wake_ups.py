@@ -20,7 +20,7 @@ PATIENCE_S = 20.0
 async def see_each_other(*services: RunningService) -> None:
     """Until every worker has seen that it is not alone."""
     async with asyncio.timeout(PATIENCE_S):
-        while not all(service.services.lease.has_company for service in services):
+        while not all(s.services.lease.has_company for s in services):  # noqa: ASYNC110 - untold
             await asyncio.sleep(0.01)
 
 
