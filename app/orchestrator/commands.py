@@ -101,39 +101,25 @@ class Commands:
         handle = RunHandle(run_id, epoch=0, seq=0, trace_id="")
         traceparent, handle.trace_id = _trace_of(traceparent)
         now = created_ms(run_id)
-        contract = output_contract_of(envelope, image)
-        state = RunState(handle.text_id, {}, queued_at=now)
         opening = Append(
             [_run_queued(envelope)],
             RunStatus.QUEUED,
             None,
             new_run=_new_run(tenant_id, envelope, body, key, traceparent, now),
         )
-        limits = limits_of(envelope)
         run = DrivenRun(
             handle=handle,
-            state=state,
+            state=RunState(handle.text_id, {}, queued_at=now),
             envelope=envelope,
-            output_contract=contract,
+            output_contract=output_contract_of(envelope, image),
             tenant_id=tenant_id,
             opening=opening,
             accepted=asyncio.get_running_loop().create_future(),
-            limits=limits,
+            limits=limits_of(envelope),
         )
         start = [Event(EventType.RUN_START, {})]
         if envelope.goal_graph is not None:
-            started = time.perf_counter()
-            plan = plan_envelope(
-                envelope,
-                image,
-                run_id=handle.text_id,
-                created_at=rfc3339(now),
-                limits=self.plan_limits,
-            )
-            adopt_plan(run, plan, opening)
-            timed = self.runner.drive.limits.latency_record
-            planning_ms = (time.perf_counter() - started) * 1000 if timed else None
-            start.append(plan_generated(plan, planning_ms))
+            start.append(self._callers_plan(run, opening, image))
         if self.runner.room > 0:
             handle.epoch = handle.recorded_epoch = 1
             opening.events += start
@@ -141,6 +127,20 @@ class Commands:
         else:
             self._queue(run, start)
         return Submission(run_id, run, run.accepted)
+
+    def _callers_plan(self, run: DrivenRun, opening: Append, image: RegistryImage) -> Event:
+        """Verify the caller's graph: the plan goes into the append, this event announces it."""
+        started = time.perf_counter()
+        plan = plan_envelope(
+            run.envelope,
+            image,
+            run_id=run.handle.text_id,
+            created_at=rfc3339(run.state.queued_at),
+            limits=self.plan_limits,
+        )
+        adopt_plan(run, plan, opening)
+        timed = self.runner.drive.limits.latency_record
+        return plan_generated(plan, (time.perf_counter() - started) * 1000 if timed else None)
 
     def _queue(self, run: DrivenRun, start: list[Event]) -> None:
         """No room: it is stored without owner, claimed inside the first append of its drive."""
