@@ -36,7 +36,7 @@ from app.orchestrator.resume import load_outputs, load_run
 from app.orchestrator.run import DrivenRun, limits_of
 from app.orchestrator.signals import Signal, SignalKind
 from app.planner.plan_envelope import output_contract_of
-from app.store.database import REFUSED, TRANSIENT
+from app.store.database import BROKEN, REFUSED, TRANSIENT
 from app.store.keys import forget_old_keys
 from app.store.leases import Claim, claim_runs, forget_workers, leave
 from app.store.partitions import make_partitions
@@ -97,9 +97,13 @@ class Worker:
             await self._runner.abandon()
             await self._lease.close()
             await self._lease.register()
-        await self._lease.renew()
-        if self._lease.held:
-            await self._claim()
+        try:
+            await self._lease.renew()
+            if self._lease.held:
+                await self._claim()
+        except BROKEN:
+            self._lease.lose_session()
+            raise
 
     async def _pause(self) -> None:
         pause = SECOND_LOOK_S if self._lease.suspects_somebody else LOOK_EVERY_S

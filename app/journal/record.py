@@ -365,10 +365,10 @@ class _Writer:
     async def _after_lost_answer(self, batch: list[_Pending], delay: float) -> list[_Pending]:
         """The statement may or may not have been committed. Reconnect, then ask every head."""
         while not self._closing:
+            self._drop_connection()
             await asyncio.sleep(delay)
             try:
-                if self._connection is None or self._connection.is_closed():
-                    self._connection = await self._connect()
+                self._connection = await self._connect()
                 unsettled = [pending for pending in batch if not pending.settled]
                 return await self._settle(unsettled, await self._heads_of(unsettled))
             except (*TRANSIENT, *REFUSED):
@@ -377,6 +377,12 @@ class _Writer:
             if not pending.settled:
                 _fail(pending, JournalClosed("shutting down"))
         return []
+
+    def _drop_connection(self) -> None:
+        """Whatever state it is in after an error: a new one is cheap and in a known state."""
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
 
     async def _after_refusal(self, batch: list[_Pending], error: Exception) -> list[_Pending]:
         """The database refused the data: find the culprit by sending run by run."""

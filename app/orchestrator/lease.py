@@ -134,6 +134,12 @@ class Lease:
     def suspects_somebody(self) -> bool:
         return bool(self._suspects)
 
+    def lose_session(self) -> None:
+        """Give up a session that is of no use any more; the next renewal opens another."""
+        self._registered.clear()
+        if self._session is not None:
+            self._session.terminate()
+
     async def close(self) -> None:
         self._registered.clear()
         if self._session is not None and not self._session.is_closed():

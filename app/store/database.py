@@ -27,7 +27,11 @@ SESSION_SETTINGS = {
     "jit": "off",
 }
 
+BROKEN = (asyncpg.InternalClientError,)
+"""The driver lost step with the server, by a cut at the wrong moment: it never finds it again."""
+
 TRANSIENT = (
+    *BROKEN,
     OSError,
     TimeoutError,
     asyncpg.PostgresConnectionError,

@@ -157,6 +157,11 @@ class LosesAnswers:
             await self._connection.close()
             raise asyncpg.ConnectionDoesNotExistError("cut before it was sent")
         rows: list[asyncpg.Record] = await self._connection.fetch(sql, *arguments)
+        if step == "broken":
+            # A cut in the wrong moment leaves the driver in a state that it never leaves again,
+            # although the connection does not count as closed.
+            self._plan.insert(0, "broken")
+            raise asyncpg.InternalClientError("cannot switch to state 12")
         if step == "lost after":
             await self._connection.close()
             raise asyncpg.ConnectionDoesNotExistError("cut after the commit")
@@ -194,6 +199,22 @@ async def test_an_unknown_outcome_of_a_submit_makes_one_run(dsn: str, step: str)
 
         heads = await kit.rows("select run_id, seq from run_heads")
         assert [(row["run_id"], row["seq"]) for row in heads] == [(handle.run_id, 1)]
+
+
+async def test_a_driver_that_is_out_of_step_is_replaced(dsn: str) -> None:
+    plans = [["ok", "broken"], []]
+
+    async def connect() -> Any:
+        return LosesAnswers(await asyncpg.connect(dsn), plans.pop(0))
+
+    async with journal_kit(dsn, connect) as kit:
+        handle, accepted = kit.submit()
+        await accepted
+        await kit.log(handle, "once")
+        await kit.log(handle, "more")
+
+        assert await kit.messages(handle.run_id) == ["once", "more"]
+        assert plans == []
 
 
 async def test_an_unknown_outcome_after_which_somebody_else_took_the_run_is_a_lost_lease(
