@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import asyncpg
 import pytest
@@ -68,9 +68,9 @@ def with_database(dsn: str, name: str) -> str:
     return f"{dsn.rpartition('/')[0]}/{name}"
 
 
-@pytest.fixture
-async def dsn(postgres_dsn: str) -> AsyncIterator[str]:
-    """A fresh database at head."""
+@asynccontextmanager
+async def fresh_database(postgres_dsn: str) -> AsyncIterator[str]:
+    """A database at head, cloned from the template and dropped at the end of the block."""
     template = await _template(postgres_dsn)
     name = f"test_{next(_numbers)}"
     admin = await asyncpg.connect(postgres_dsn)
@@ -80,6 +80,13 @@ async def dsn(postgres_dsn: str) -> AsyncIterator[str]:
         await admin.execute(f"drop database {name} with (force)")
     finally:
         await admin.close()
+
+
+@pytest.fixture
+async def dsn(postgres_dsn: str) -> AsyncIterator[str]:
+    """A fresh database of the test's own."""
+    async with fresh_database(postgres_dsn) as dsn:
+        yield dsn
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ no run that is still under way.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,26 +17,11 @@ import orjson
 
 from app.domain.event_shapes import event_models
 from app.domain.events import TERMINAL_EVENTS, EventType
-from tests.conftest import _template, make_settings, with_database
+from tests.conftest import fresh_database, make_settings
 from tests.service import RunningService, running_service
 from tests.sse import SseEvent, SseParser
 
-_numbers = itertools.count(1)
 AT_REST = {"done", "failed", "cancelled", "awaiting_human"}
-
-
-@asynccontextmanager
-async def fresh_database(postgres_dsn: str) -> AsyncIterator[str]:
-    """A database at head that outlives a single test."""
-    template = await _template(postgres_dsn)
-    name = f"shared_{next(_numbers)}"
-    admin = await asyncpg.connect(postgres_dsn)
-    try:
-        await admin.execute(f"create database {name} template {template}")
-        yield with_database(postgres_dsn, name)
-        await admin.execute(f"drop database {name} with (force)")
-    finally:
-        await admin.close()
 
 
 @asynccontextmanager

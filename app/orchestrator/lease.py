@@ -96,7 +96,9 @@ class Lease:
         self._registered.set()
         if insert:
             if self._sole_user:
+                # Once, at the start: whoever comes later may share the server with others by then.
                 await forget_earlier_workers(session)
+                self._sole_user = False
             log.info("worker %s takes part", self.worker_id)
 
     async def renew(self) -> None:

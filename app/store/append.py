@@ -147,7 +147,7 @@ def _transpose(rows: list[tuple[Any, ...]], width: int) -> list[list[Any]]:
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def _statement(sections: frozenset[str], is_single: bool) -> str:
     """The statement with the parts that a batch needs; asyncpg keeps each one prepared."""
     parameters = _Parameters()

@@ -14,11 +14,11 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from tests.conftest import make_settings
+from tests.conftest import fresh_database, make_settings
 from tests.envelopes import chain, diamond, echo_node, graph, wide
 from tests.servers import free_port
 from tests.service import RunningService, running_service
-from tests.shared_service import audit, fresh_database, problem, register, rows, until
+from tests.shared_service import audit, problem, register, rows, until
 from tests.sse import read_stream
 from tests.tools import Tool, answer, answer_at_gate, fail_once, http_capability, running_tool
 

@@ -26,19 +26,11 @@ from app.kit.clock import now_ms
 from app.kit.ids import id_at, new_id, run_day
 from app.store.database import Database
 from app.store.partitions import prune
-from tests.conftest import make_settings
+from tests.conftest import fresh_database, make_settings
 from tests.envelopes import chain, diamond, echo_node, graph, wide
 from tests.journal_kit import journal_kit
 from tests.service import RunningService, running_service
-from tests.shared_service import (
-    audit,
-    fresh_database,
-    problem,
-    register,
-    rows,
-    shared_service,
-    until,
-)
+from tests.shared_service import audit, problem, register, rows, shared_service, until
 from tests.sse import SseEvent, SseParser, parse
 from tests.tools import Tool, answer, answer_at_gate, http_capability, respond, running_tool
 

@@ -79,7 +79,7 @@ def run_query(expression: str, value: Any) -> Any:
     return result
 
 
-class _BoundedInterpreter(TreeInterpreter):  # type: ignore[misc]
+class _BoundedInterpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath has no types
     """JMESPath can double a value with every step (`[@,@][]|[@,@][] …`): count what it makes."""
 
     def __init__(self) -> None:
