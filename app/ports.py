@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol
 
 from app.domain.capability import Capability
@@ -45,7 +46,8 @@ class CallFailed(Exception):
 
     `retryable`: a repetition may help. `unknown_outcome`: the far side may have acted although no
     answer arrived (time-out, reset, 5xx): an `at_most_once` node is then blocked, never repeated.
-    `retry_after_s`: the far side's own wish.
+    `retry_after_s`: the far side's own wish. `target_failed`: the far side is to blame, so that its
+    breaker counts the failure.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class CallFailed(Exception):
         retryable: bool,
         unknown_outcome: bool = False,
         retry_after_s: float | None = None,
+        target_failed: bool = False,
         faults: tuple[Fault, ...] = (),
     ) -> None:
         super().__init__(message)
@@ -64,6 +67,7 @@ class CallFailed(Exception):
         self.retryable = retryable
         self.unknown_outcome = unknown_outcome
         self.retry_after_s = retry_after_s
+        self.target_failed = target_failed
         self.faults = faults
 
 
@@ -78,6 +82,159 @@ class CapabilityAdapter(Protocol):
         """The function itself when it takes well under 1 ms and never waits, else None."""
         ...
 
+    def breaker_scope(self, capability: Capability, tenant_id: str) -> str | None:
+        """`tool::host` of the far side that this capability calls; None when it calls nobody.
+
+        Where the credentials are the tenant's own, the tenant is part of it: one that is locked out
+        must not open the breaker for all.
+        """
+        ...
+
     def invoke(self, call: Call) -> Awaitable[dict[str, Any]]:
         """The node's output; raises `CallFailed`. Cancelling it must stop the work."""
+        ...
+
+
+# --- breakers: adapters/breakers/local.py and redis.py --------------------------------------------
+
+
+class BreakerStatus(StrEnum):
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+class TransitionKind(StrEnum):
+    """What a breaker did: it opened (also after a failed probe), let a probe in, or closed."""
+
+    TRIPPED = "tripped"
+    HALF_OPEN = "half_open"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One change of one breaker, told to exactly one caller, who announces it.
+
+    `generation` grows with every opening of the scope and is never used again, not even after the
+    store lost everything: it is at least the store's clock in ms. A half-open and a closed
+    transition carry the generation of the opening that they end. `worker_id` is "" for a breaker
+    that all processes share, else the process whose own breaker it is. `degraded`: it is only its
+    own because the shared store is away.
+    """
+
+    scope: str
+    generation: int
+    kind: TransitionKind
+    cooldown_s: float
+    worker_id: str = ""
+    degraded: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, int, str]:
+        """What makes it the only one: scope, worker, generation, kind."""
+        return (self.scope, self.worker_id, self.generation, self.kind.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """The call may be made; report how it went. `probe` is the token of the one trial call."""
+
+    scope: str
+    generation: int
+    probe: str = ""
+    transition: Transition | None = None
+    is_local: bool = False
+    """Given by the process's own breaker; the report goes there, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The breaker is open, or its probe is under way: ask again in `retry_after_s`."""
+
+    scope: str
+    generation: int
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerView:
+    """A breaker as an operator sees it. Times in seconds; `opened_at` is ms since 1970."""
+
+    scope: str
+    status: BreakerStatus
+    generation: int
+    failures: int
+    opened_at: int | None
+    retry_after_s: float
+    degraded: bool
+
+
+class Breakers(Protocol):
+    """Circuit breakers by scope (`tool::host`), with a two-step API: ask, call, report.
+
+    A breaker opens after `threshold` consecutive failures, refuses for `cooldown_s`, then lets one
+    probe in: success closes it, failure opens it again under a new generation.
+    """
+
+    async def allow(self, scope: str, holder: str) -> Permit | Refused:
+        """Ask before every call. `holder` says who announces what this causes: `run_id:epoch`."""
+        ...
+
+    async def report(self, permit: Permit, ok: bool | None, holder: str) -> Transition | None:
+        """How the call went. None: no verdict (cancelled), which only gives a probe back.
+
+        A report of an earlier generation changes nothing.
+        """
+        ...
+
+    async def views(self) -> list[BreakerView]:
+        """Every breaker that is known, sorted by scope."""
+        ...
+
+    async def reset(self, scope: str) -> Transition | None:
+        """Close the breaker by hand; None when it was closed, `KeyError` when it is not known."""
+        ...
+
+    async def unannounced(self) -> list[tuple[Transition, str]]:
+        """Transitions of the shared store with their holders, until `forget` drops them."""
+        ...
+
+    async def forget(self, transitions: list[Transition]) -> None:
+        """These are announced: their rows are durable."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of connections."""
+        ...
+
+    @property
+    def is_degraded(self) -> bool:
+        """The shared store is away, and this process judges alone."""
+        ...
+
+
+# --- wake-ups: store/notify.py and adapters/wake/redis.py -----------------------------------------
+
+
+class Topic(StrEnum):
+    """What a wake-up is about. It carries no data: whoever hears it looks in the database."""
+
+    COMMITS = "commits"
+    WORK = "work"
+
+
+class WakeUps(Protocol):
+    """Tells other processes to look now. A lost wake-up costs a poll interval, nothing else."""
+
+    def announce(self, topic: Topic) -> None:
+        """Something is durable. Never blocks and never raises; many become one every 10 ms."""
+        ...
+
+    def start(self) -> None:
+        """Listen and tell, until closed. A transport that is away is tried again for ever."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop, and let go of connections."""
         ...

@@ -8,7 +8,9 @@ import asyncpg
 import pytest
 
 from app.journal import feed
-from app.store.notify import CHANNEL
+from app.ports import Topic
+from app.store.database import connect
+from app.store.notify import CHANNELS, NotifyWakeUps
 from tests.conftest import make_settings
 from tests.envelopes import chain, diamond, echo_node, graph
 from tests.service import RunningService, running_service
@@ -47,7 +49,7 @@ async def test_a_stream_elsewhere_needs_no_poll(dsn: str, monkeypatch: pytest.Mo
 async def test_many_commits_make_few_notifications_and_none_alone(dsn: str) -> None:
     heard: list[int] = []
     listener = await asyncpg.connect(dsn)
-    await listener.add_listener(CHANNEL, lambda *_: heard.append(1))
+    await listener.add_listener(CHANNELS[Topic.COMMITS], lambda *_: heard.append(1))
     async with running_service(make_settings(), dsn) as first:
         assert (await first.finished(diamond()))["status"] == "done"
         await listener.fetchval("select 1")
@@ -85,3 +87,27 @@ async def test_wake_ups_come_back_after_the_connection_was_cut(
         events = await asyncio.wait_for(other.events(run["run_id"]), PATIENCE_S)
 
     assert events[-1].event == "RUN_DONE"
+
+
+async def test_topics_are_told_apart_and_the_sender_hears_neither(dsn: str) -> None:
+    heard: dict[str, list[Topic]] = {"first": [], "second": []}
+    first, second = (
+        NotifyWakeUps(lambda: connect(dsn), on_wake=heard[name].append, has_company=lambda: True)
+        for name in ("first", "second")
+    )
+    first.start()
+    second.start()
+    async with asyncio.timeout(PATIENCE_S):
+        while not all(len(topics) == 2 for topics in heard.values()):  # noqa: ASYNC110 - untold
+            await asyncio.sleep(0.01)
+        first.announce(Topic.WORK)
+        while heard["second"][2:] != [Topic.WORK]:  # noqa: ASYNC110 - untold
+            await asyncio.sleep(0.01)
+        second.announce(Topic.COMMITS)
+        while heard["first"][2:] != [Topic.COMMITS]:  # noqa: ASYNC110 - untold
+            await asyncio.sleep(0.01)
+    await first.aclose()
+    await second.aclose()
+
+    assert heard["first"][:2] == heard["second"][:2] == list(Topic), "what was missed before"
+    assert heard["second"][2:] == [Topic.WORK]

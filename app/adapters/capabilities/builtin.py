@@ -172,6 +172,10 @@ class BuiltinAdapter:
         builtin = self._builtins.get(capability.key)
         return builtin.sync if builtin is not None and builtin.inline else None
 
+    def breaker_scope(self, capability: Capability, tenant_id: str) -> None:
+        """Functions of this process have no far side."""
+        return
+
     async def invoke(self, call: Call) -> dict[str, Any]:
         """Run the function; raises `CallFailed` with the function's own or `capability_error`."""
         builtin = self._builtins.get(call.capability.key)

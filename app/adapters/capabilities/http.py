@@ -107,6 +107,13 @@ class HttpAdapter:
         """Never: every call waits for the network."""
         return
 
+    def breaker_scope(self, capability: Capability, tenant_id: str) -> str | None:
+        """`tool::host[:port]`; with the tenant where the credentials are the tenant's own."""
+        config = capability.registration.config
+        url = httpx.URL(config["url"])
+        scope = f"{capability.capability_id}::{url.netloc.decode('ascii')}"
+        return f"{scope}::{tenant_id}" if config.get("headers") else scope
+
     async def invoke(self, call: Call) -> dict[str, Any]:
         """The output of one exchange; raises `CallFailed` as `http_outcome` tells."""
         target = self._target(call.capability)

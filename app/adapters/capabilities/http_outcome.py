@@ -11,6 +11,8 @@
 | 2xx: no JSON object, too large, other media type | capability_garbage | not at_most_once | no |
 | forbidden target | egress_refused | no | no |
 
+The breaker of the far side counts the first five rows, and none of the others.
+
 Garbage is a definite answer: the far side has acted. Where acting again does no harm a repetition
 may give a better answer; an `at_most_once` node fails, since its result is lost for good.
 """
@@ -44,6 +46,7 @@ def timed_out(*, sent: bool) -> CallFailed:
         "no complete answer arrived before the deadline",
         retryable=True,
         unknown_outcome=sent,
+        target_failed=True,
     )
 
 
@@ -60,6 +63,7 @@ def broken_off(error: httpx.HTTPError, *, sent: bool) -> CallFailed:
         "the connection broke before the answer was complete",
         retryable=True,
         unknown_outcome=True,
+        target_failed=True,
     )
 
 
@@ -74,10 +78,17 @@ def status_failure(response: httpx.Response, detail: str) -> CallFailed:
     text = f"answered {status}" + (f": {detail}" if detail else "")
     wish = retry_after_s(response.headers.get("retry-after", ""), datetime.now(UTC))
     if status == 429:
-        return CallFailed("capability_overloaded", text, retryable=True, retry_after_s=wish)
+        return CallFailed(
+            "capability_overloaded", text, retryable=True, retry_after_s=wish, target_failed=True
+        )
     if status == 408 or status >= 500:
         return CallFailed(
-            "capability_unavailable", text, retryable=True, unknown_outcome=True, retry_after_s=wish
+            "capability_unavailable",
+            text,
+            retryable=True,
+            unknown_outcome=True,
+            retry_after_s=wish,
+            target_failed=True,
         )
     if 300 <= status < 400:
         text = f"answered {status}: redirects are not followed"
@@ -121,4 +132,4 @@ def retry_after_s(value: str, now: datetime) -> float | None:
 
 
 def _unreachable(why: str) -> CallFailed:
-    return CallFailed("capability_unreachable", why, retryable=True)
+    return CallFailed("capability_unreachable", why, retryable=True, target_failed=True)

@@ -39,6 +39,10 @@ class SecretStore:
     def __repr__(self) -> str:
         return f"SecretStore({sorted(self._secrets)})"
 
+    def hidden_in(self, value: Any) -> Any:
+        """A JSON value in which no secret of the operator stands, wherever it came from."""
+        return redacted(value, [secret.value for secret in self._secrets.values()])
+
     def value_for(self, name: str, url: httpx.URL) -> str:
         """The secret's value when it may be sent to this URL; raises `SecretRefused`."""
         secret = self._secrets.get(name)
