@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import orjson
 
+from app.adapters.breakers.local import LocalBreakers
 from app.adapters.capabilities.builtin import BuiltinAdapter
 from app.adapters.capabilities.egress import EgressPolicy
 from app.adapters.capabilities.egress_transport import EgressTransport
@@ -23,20 +25,23 @@ from app.journal.feed import Feed
 from app.journal.record import Journal
 from app.kit import failpoints
 from app.kit.drain import Drain
+from app.kit.metrics import Metrics, watched_loop
 from app.orchestrator.commands import Commands
 from app.orchestrator.execute import ExecutionLimits, Executor
 from app.orchestrator.lease import Lease
 from app.orchestrator.loop import Drive, LoopLimits
+from app.orchestrator.orders import Orders
 from app.orchestrator.runner import Runner
 from app.planner.plan_envelope import PlanLimits
-from app.ports import CapabilityAdapter
+from app.ports import Breakers, CapabilityAdapter, Topic, WakeUps
 from app.registry.registry import Registry
-from app.settings import Settings
+from app.settings import Role, Settings
 from app.store.database import Database, HotConnection, connect, server_facts
 from app.store.events import EventReader
-from app.store.migrate import current_revision, head_revision
-from app.store.notify import WakeUps
+from app.store.migrate import current_revision, head_revision, is_behind
+from app.store.notify import NotifyWakeUps
 from app.store.partitions import make_partitions, make_partitions_hot
+from app.store.queue_stats import QueueWatch
 from app.store.registry import RegistryStore
 
 log = logging.getLogger("flexrun.bootstrap")
@@ -55,25 +60,32 @@ class Services:
     """What the doors (api, cli, worker) use. One per process."""
 
     settings: Settings
+    role: Role
     database: Database
     reader: EventReader
     feed: Feed
     journal: Journal
     registry: Registry
     lease: Lease
+    breakers: Breakers
     runner: Runner
     commands: Commands
+    orders: Orders
+    announce_work: Callable[[], None]
+    secrets: SecretStore
     drain: Drain
+    metrics: Metrics
+    queue_watch: QueueWatch
 
 
 @asynccontextmanager
 async def open_services(
-    settings: Settings, dsn: str, *, sole_user: bool = False
+    settings: Settings, dsn: str, role: Role = "serve", *, sole_user: bool = False
 ) -> AsyncIterator[Services]:
     """Open everything, in the order in which it depends on each other, and close it in reverse.
 
-    `sole_user`: we started the database server, and nobody else uses it. Whoever held runs before
-    is dead, and no lease of theirs is waited for.
+    A process of the role `api` drives no runs. `sole_user`: we started the database server, and
+    nobody else uses it. Whoever held runs before is dead, and no lease of theirs is waited for.
     Raises `NotReady` when the database is behind or not durable, `Unavailable` when it is away.
     """
     if settings.failpoint:
@@ -87,23 +99,40 @@ async def open_services(
         async def connect_here() -> HotConnection:
             return await connect(dsn)
 
+        metrics = Metrics()
+        await stack.enter_async_context(watched_loop(metrics.loop_lag))
         reader = EventReader(database)
-        feed = Feed(reader)
+        feed = Feed(reader, metrics)
         feed.start()
         stack.push_async_callback(feed.close)
-        lease = Lease(connect_here, sole_user=sole_user)
-        wake_ups = WakeUps(connect_here, on_wake=feed.nudge, has_company=lambda: lease.has_company)
-        wake_ups.start()
-        stack.push_async_callback(wake_ups.close)
-        journal = Journal(connect_here, feed, make_partitions_hot, after_commit=wake_ups.announce)
+        lease = Lease(connect_here, role, sole_user=sole_user)
+
+        def woken(topic: Topic) -> None:
+            if topic is Topic.COMMITS:
+                feed.nudge()
+            else:
+                runner.on_free()
+
+        wake_ups = _wake_ups(settings, connect_here, woken, lease)
+        stack.push_async_callback(wake_ups.aclose)
+        breakers = _breakers(settings, lease)
+        stack.push_async_callback(breakers.aclose)
+        journal = Journal(
+            connect_here,
+            feed,
+            make_partitions_hot,
+            after_commit=partial(wake_ups.announce, Topic.COMMITS),
+            metrics=metrics,
+        )
         await journal.start()
         stack.push_async_callback(journal.close)
 
         transport = EgressTransport(EgressPolicy(settings.egress_allow))
         packs = standard_packs(transport)
+        secrets = _secrets(settings.secrets_file)
         http = HttpAdapter(
             transport,
-            _secrets(settings.secrets_file),
+            secrets,
             response_bytes_max=settings.value_bytes_max,
         )
         stack.push_async_callback(http.aclose)
@@ -123,6 +152,7 @@ async def open_services(
             ExecutionLimits(
                 settings.value_bytes_max, settings.backoff_base_ms, settings.backoff_max_ms
             ),
+            breakers,
         )
         plan_limits = PlanLimits(settings.nodes_max, settings.edges_max, settings.depth_max)
         drive = Drive(
@@ -132,24 +162,97 @@ async def open_services(
             lease=lease,
             limits=LoopLimits(settings.events_max, settings.latency_record),
             plan_limits=plan_limits,
+            metrics=metrics,
+            announce_work=partial(wake_ups.announce, Topic.WORK),
         )
-        runner = Runner(drive, runs_max=settings.runs_max)
+        runner = Runner(drive, runs_max=0 if role == "api" else settings.runs_max)
+        wake_ups.start()
+        announce_work = drive.announce_work
+        commands = Commands(
+            journal,
+            runner,
+            reader,
+            database,
+            plan_limits,
+            announce_work,
+            settings.submit_timeout_s,
+        )
+
+        def look() -> None:
+            runner.on_free()
+            announce_work()
+
         drain = Drain()
         drain.on_begin(feed.wake_all)
         yield Services(
             settings=settings,
+            role=role,
             database=database,
             reader=reader,
             feed=feed,
             journal=journal,
             registry=registry,
             lease=lease,
+            breakers=breakers,
             runner=runner,
-            commands=Commands(
-                journal, runner, reader, database, plan_limits, settings.submit_timeout_s
-            ),
+            commands=commands,
+            orders=Orders(commands, look),
+            announce_work=announce_work,
+            secrets=secrets,
             drain=drain,
+            metrics=metrics,
+            queue_watch=QueueWatch(database),
         )
+
+
+def _wake_ups(
+    settings: Settings,
+    connect_here: Callable[[], Awaitable[HotConnection]],
+    on_wake: Callable[[Topic], None],
+    lease: Lease,
+) -> WakeUps:
+    """By Redis where there is one, else by the database itself."""
+
+    def has_company() -> bool:
+        return lease.has_company
+
+    if settings.redis_url is None:
+        return NotifyWakeUps(connect_here, on_wake=on_wake, has_company=has_company)
+    from app.adapters.wake.redis import RedisWakeUps  # noqa: PLC0415 - only with a Redis
+
+    with _redis_address():
+        url = settings.redis_url.get_secret_value()
+        return RedisWakeUps(url, on_wake=on_wake, has_company=has_company)
+
+
+def _breakers(settings: Settings, lease: Lease) -> Breakers:
+    """Shared by Redis where there is one, else this process's own."""
+
+    def worker_id() -> str:
+        return lease.worker_id
+
+    threshold, cooldown_s = settings.cb_threshold, settings.cb_cooldown_s
+    if settings.redis_url is None:
+        return LocalBreakers(threshold=threshold, cooldown_s=cooldown_s, worker_id_of=worker_id)
+    from app.adapters.breakers.redis import RedisBreakers  # noqa: PLC0415 - only with a Redis
+
+    with _redis_address():
+        return RedisBreakers(
+            settings.redis_url.get_secret_value(),
+            threshold=threshold,
+            cooldown_s=cooldown_s,
+            worker_id_of=worker_id,
+        )
+
+
+@contextmanager
+def _redis_address() -> Iterator[None]:
+    try:
+        yield
+    except ValueError:  # its text holds the address, and that holds a password
+        raise NotReady(
+            "REDIS_URL is no address of a Redis. It looks like redis://user:password@host:6379/0."
+        ) from None
 
 
 def _secrets(path: Path | None) -> SecretStore:
@@ -165,10 +268,11 @@ def _secrets(path: Path | None) -> SecretStore:
 
 async def _check_database(database: Database, settings: Settings) -> None:
     """Refuse a database that is behind, or that may forget what it acknowledged."""
-    revision, head = await current_revision(database), head_revision()
-    if revision != head:
+    revision = await current_revision(database)
+    if is_behind(revision):
         raise NotReady(
-            f"The database is at revision {revision or 'empty'}, this version needs {head}. "
+            f"The database is at revision {revision or 'empty'}, this version needs "
+            f"{head_revision()}. "
             "Run `flexrun migrate` first."
         )
     async with database.read() as connection:

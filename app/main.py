@@ -1,6 +1,7 @@
 """The ASGI app with its lifespan, and the server that runs it.
 
-`serve` is one process: API and worker over one Postgres, embedded when no DATABASE_URL is given.
+`serve` is API and worker in one process. `api` accepts and streams runs and drives none; `worker`
+drives them, and its only routes are the probes and the metrics.
 """
 
 from __future__ import annotations
@@ -15,13 +16,24 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app.api import capabilities, contracts, events, facets, health, plans, runs
+from app.api import (
+    breakers,
+    capabilities,
+    contracts,
+    events,
+    facets,
+    health,
+    metrics,
+    orders,
+    plans,
+    runs,
+)
 from app.api.errors import install_error_handlers
 from app.api.hot import HotRoutes
 from app.api.openapi import install_openapi
 from app.api.stream import TRANSPORT
 from app.bootstrap import open_services
-from app.settings import Settings
+from app.settings import Role, Settings
 from app.version import VERSION
 from app.worker import Worker
 
@@ -31,15 +43,18 @@ GC_THRESHOLD = 20_000
 """New objects between two looks for garbage. A run makes hundreds, and nearly all of them die by
 reference count: looking at every 700 took a twentieth of the time."""
 
-ROUTERS = (runs, events, plans, capabilities, facets, contracts, health)
+PROBES = (health, metrics)
+ROUTERS = (runs, orders, events, plans, capabilities, facets, contracts, breakers, *PROBES)
 
 
-def create_app(settings: Settings, dsn: str, *, sole_user: bool = False) -> FastAPI:
+def create_app(
+    settings: Settings, dsn: str, role: Role = "serve", *, sole_user: bool = False
+) -> FastAPI:
     """The app over a database at head. Its lifespan opens the services and starts the worker."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_services(settings, dsn, sole_user=sole_user) as services:
+        async with open_services(settings, dsn, role, sole_user=sole_user) as services:
             worker = Worker(services)
             await worker.start()
             app.state.services = services
@@ -61,7 +76,7 @@ def create_app(settings: Settings, dsn: str, *, sole_user: bool = False) -> Fast
         redirect_slashes=False,
     )
     install_error_handlers(app)
-    for module in ROUTERS:
+    for module in PROBES if role == "worker" else ROUTERS:
         app.include_router(module.router)
     install_openapi(app)
     return app
@@ -87,7 +102,7 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def make_server(app: FastAPI, settings: Settings) -> Server:
+def make_server(app: FastAPI, settings: Settings, role: Role = "serve") -> Server:
     """The server of an app, with the fast loop and parser."""
 
     def begin_drain() -> None:
@@ -95,7 +110,7 @@ def make_server(app: FastAPI, settings: Settings) -> Server:
             services.drain.begin()
 
     config = uvicorn.Config(
-        HotRoutes(app),
+        app if role == "worker" else HotRoutes(app),
         host=settings.host,
         port=settings.port,
         loop="uvloop",

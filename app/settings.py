@@ -1,17 +1,20 @@
 """Settings: the only reader of the environment.
 
-Names that the ecosystem knows keep them (`DATABASE_URL`, `MAX_RETRIES`, `PROVIDER_TIMEOUT_S`); all
-others begin with `FLEXRUN_`. `.env.example` lists every one; a test compares it with this model.
+Names that the ecosystem knows keep them (`DATABASE_URL`, `REDIS_URL`, `MAX_RETRIES` …); all others
+begin with `FLEXRUN_`. `.env.example` lists every one; a test compares it with this model.
 The command line also reads `FLEXRUN_URL`: where its commands look for the service.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Role = Literal["serve", "api", "worker"]
+"""What a process does: both, only accept and stream runs, or only drive them."""
 
 
 def _plain(name: str) -> AliasChoices:
@@ -32,6 +35,9 @@ class Settings(BaseSettings):
     # Where the service stands.
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")
+    worker_port: int = Field(
+        8001, ge=0, le=65_535, description="Port of `flexrun worker`: probes and metrics only."
+    )
     allow_unauthenticated: bool = Field(
         False, description="Allow a non-loopback address although there is no authentication."
     )
@@ -49,6 +55,13 @@ class Settings(BaseSettings):
     allow_unsafe_postgres: bool = Field(
         False,
         description="For tests only: accept fsync, full_page_writes or synchronous_commit off.",
+    )
+
+    # Redis: shared breakers and quick wake-ups; never authoritative.
+    redis_url: SecretStr | None = Field(
+        None,
+        validation_alias=_plain("redis_url"),
+        description="redis://… shared by all processes; without it each has breakers of its own.",
     )
 
     # How much a process does at once.
@@ -85,6 +98,22 @@ class Settings(BaseSettings):
     )
     backoff_base_ms: int = Field(200, ge=1, description="First back-off between attempts, in ms.")
     backoff_max_ms: int = Field(30_000, ge=1, description="Longest back-off, in ms.")
+
+    # Breakers of the far sides, one for every tool and host.
+    cb_threshold: int = Field(
+        5,
+        ge=1,
+        le=10_000,
+        validation_alias=_plain("cb_threshold"),
+        description="Consecutive failures of a far side after which its breaker opens.",
+    )
+    cb_cooldown_s: float = Field(
+        30.0,
+        gt=0,
+        le=86_400,
+        validation_alias=_plain("cb_cooldown_s"),
+        description="How long an open breaker refuses calls before it lets one try, in seconds.",
+    )
 
     # The way out.
     egress_allow: Annotated[tuple[str, ...], NoDecode] = Field(

@@ -1,52 +1,42 @@
 """The worker of a process: takes part, claims runs that nobody drives, drives them, drains.
 
-One task holds the lock session and does everything on it in turn: renew the lease, look for dead
-workers, claim. It looks every 500 ms, at once when it is nudged, and after 250 ms when a worker
-looks dead for the first time.
+One task holds the lock session and does everything on it in turn. Every 500 ms it *looks*: for
+workers that died, for runs of its own that nobody drives, and for breakers whose trip a dead worker
+did not announce. When it is nudged it only takes what waits: signals of its runs, and claims. A
+process that only serves the API takes part as well, so that others know of it, and claims nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import random
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-
-import orjson
+from uuid import UUID
 
 from app.bootstrap import Services
-from app.domain.decide import recover
-from app.domain.errors import FlexrunError, Unavailable
-from app.domain.events import Event, EventType, Level
-from app.domain.run import RunStatus
-from app.domain.state import RunState
-from app.journal.record import (
-    Append,
-    HeadDiverged,
-    JournalClosed,
-    JournalRejected,
-    LeaseLost,
-    RunHandle,
-)
+from app.domain.errors import FlexrunError
 from app.kit import failpoints
-from app.kit.clock import now_ms
 from app.kit.waiting import wait_at_most
-from app.orchestrator.outcomes import plan_generated, run_failed
-from app.orchestrator.resume import load_outputs, load_run
-from app.orchestrator.run import DrivenRun, limits_of
-from app.orchestrator.signals import Signal, SignalKind
-from app.planner.plan_envelope import output_contract_of
+from app.orchestrator.announce import announce_the_forgotten
+from app.orchestrator.take_up import TakeUp
+from app.store.claims import Claim, Fairness, Wanted, claim_runs, something_waits
 from app.store.database import BROKEN, REFUSED, TRANSIENT
 from app.store.keys import forget_old_keys
-from app.store.leases import Claim, claim_runs, forget_workers, leave
+from app.store.leases import forget_workers, leave, owned_runs
 from app.store.partitions import make_partitions
-from app.store.signals import open_signals
+from app.store.signals import discard_late_signals, signals_for
 
 log = logging.getLogger("flexrun.worker")
 
 LOOK_EVERY_S = 0.5
 SECOND_LOOK_S = 0.25
+CONTENDED_S = 0.01
 CLAIM_MAX = 50
+PROBATION_S = 10.0
+SWEEP_EVERY_S = 2.0
 HOUSEKEEPING_EVERY_S = 3600.0
 
 
@@ -54,18 +44,22 @@ class Worker:
     """Start it, nudge it, drain it."""
 
     def __init__(self, services: Services) -> None:
-        self._database = services.database
+        self._services = services
         self._lease = services.lease
-        self._registry = services.registry
         self._runner = services.runner
-        self._reader = services.reader
+        self._take_up = TakeUp(services.reader, services.runner, services.lease)
+        self._fairness = Fairness()
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._taking_up: set[asyncio.Task[None]] = set()
+        self._dead: list[str] = []
+        self._unheld: set[UUID] = set()
+        self._strays: list[UUID] = []
+        self._look_at = 0.0
+        self._suspect: tuple[UUID, float] | None = None
         self._runner.on_free = self.nudge
 
     def nudge(self) -> None:
-        """There may be something to claim: look now."""
+        """There may be something to take: look now."""
         self._wake.set()
 
     async def start(self) -> None:
@@ -73,20 +67,24 @@ class Worker:
         await self._lease.register()
         self._tasks = [
             asyncio.create_task(_for_ever(self._turn, self._pause), name="worker"),
-            asyncio.create_task(_for_ever(self._keep_house, _hourly), name="housekeeping"),
+            asyncio.create_task(_for_ever(self._sweep, _every(SWEEP_EVERY_S)), name="sweep"),
+            asyncio.create_task(
+                _for_ever(self._keep_house, _every(HOUSEKEEPING_EVERY_S)), name="housekeeping"
+            ),
         ]
 
     async def drain(self, grace_s: float) -> None:
         """Let running calls end, give the runs back, leave. Others take them up at once."""
         self._runner.accepting = False
-        await asyncio.gather(*self._taking_up, return_exceptions=True)
+        await self._take_up.ended()
         # The lease is renewed until the last call has ended.
         await self._runner.drain(grace_s)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
-            await leave(self._lease.session, self._lease.worker_id)
+            if await leave(self._lease.session, self._lease.worker_id):
+                self._services.announce_work()
         except (*TRANSIENT, *REFUSED) as error:
             log.warning("could not give runs back (%s); their lease ends", type(error).__name__)
         await self._lease.close()
@@ -94,136 +92,113 @@ class Worker:
     async def _turn(self) -> None:
         if self._lease.fenced:
             log.error("the lease of %s ran out, letting all runs go", self._lease.worker_id)
+            self._services.metrics.lease_losses += 1
             await self._runner.abandon()
             await self._lease.close()
             await self._lease.register()
         try:
             await self._lease.renew()
             if self._lease.held:
-                await self._claim()
+                if time.monotonic() >= self._look_at:
+                    await self._look()
+                if self._runner.runs_max:
+                    await self._deliver_signals()
+                    await self._claim()
         except BROKEN:
             self._lease.lose_session()
             raise
 
     async def _pause(self) -> None:
-        pause = SECOND_LOOK_S if self._lease.suspects_somebody else LOOK_EVERY_S
-        await wait_at_most(self._wake, pause)
+        await wait_at_most(self._wake, max(self._look_at - time.monotonic(), 0.0))
         self._wake.clear()
 
+    # --- what every look does ---------------------------------------------------------------------
+
+    async def _look(self) -> None:
+        """Who is dead, and which runs of ours does nobody drive?"""
+        self._dead = await self._lease.dead_workers()
+        pause = SECOND_LOOK_S if self._lease.suspects_somebody else LOOK_EVERY_S
+        self._look_at = time.monotonic() + pause
+        if self._runner.runs_max:
+            held = await owned_runs(self._lease.session, self._lease.worker_id)
+            unheld = {run_id for run_id in held if not self._holds(run_id)}
+            # Twice in a row: a run that ends right now is no stray.
+            self._strays = list(unheld & self._unheld)
+            self._unheld = unheld
+        await discard_late_signals(self._lease.session)
+
+    def _holds(self, run_id: UUID) -> bool:
+        return self._runner.drives(run_id) or self._take_up.holds(run_id)
+
+    async def _deliver_signals(self) -> None:
+        """Hand the signals of the runs that we drive to their loops, each once."""
+        for signal in await signals_for(self._lease.session, self._lease.worker_id):
+            self._runner.deliver(signal)
+
+    # --- claims -----------------------------------------------------------------------------------
+
     async def _claim(self) -> None:
-        room = self._runner.room - len(self._taking_up)
+        room = self._runner.room - self._take_up.count
         if room <= 0:
             return
-        dead = await self._lease.dead_workers()
+        wanted = Wanted(
+            limit=min(room, CLAIM_MAX),
+            suspects_max=self._room_for_suspects(),
+            dead=self._dead,
+            strays=self._strays,
+            not_these=list(self._runner.handed_off),
+        )
         failpoints.hit("claim.before_commit")
-        claims = await claim_runs(
-            self._lease.session,
-            self._lease.worker_id,
-            dead,
-            list(self._runner.handed_off),
-            min(room, CLAIM_MAX),
-        )
+        worker_id = self._lease.worker_id
+        claims = await claim_runs(self._lease.session, worker_id, wanted, self._fairness)
         failpoints.hit("claim.after_commit")
+        self._strays = []
         if claims:
+            self._note_suspects(claims)
             # Another process may have registered, a moment ago, what these runs call.
-            await self._registry.refresh()
-        for claim in claims:
-            task = asyncio.create_task(self._take_up(claim))
-            self._taking_up.add(task)
-            task.add_done_callback(self._taking_up.discard)
-        if len(claims) == CLAIM_MAX:
+            await self._services.registry.refresh()
+            await self._take_up.all(self._lease.session, claims)
+        await self._look_again_if_worth_it(wanted, claims)
+
+    async def _look_again_if_worth_it(self, wanted: Wanted, claims: list[Claim]) -> None:
+        if len(claims) == wanted.limit:
             self._wake.set()
-        elif dead:
-            await forget_workers(self._lease.session, dead)
+        elif await something_waits(self._lease.session, wanted.not_these):
+            # Others hold the rows for the moment: come back out of step with them.
+            loop = asyncio.get_running_loop()
+            loop.call_later(CONTENDED_S * (1 + random.random()), self.nudge)
+        elif wanted.dead:
+            await forget_workers(self._lease.session, wanted.dead)
 
-    async def _take_up(self, claim: Claim) -> None:
-        """Load a claimed run and drive it. A database that is away is waited for."""
-        failpoints.hit("recover.before_load")
-        run: DrivenRun | None = None
-        while run is None and not self._lease.fenced:
-            try:
-                run = await self._load(claim)
-            except Unavailable as error:
-                log.warning("run %s can not be loaded yet: %s", claim.run_id, error.detail)
-                await asyncio.sleep(LOOK_EVERY_S)
-            except Exception:
-                log.exception("run %s can not be read", claim.run_id)
-                await self._fail_unreadable(claim)
-                return
-        failpoints.hit("recover.after_load")
-        if run is not None:
-            self._runner.start(run)
+    def _room_for_suspects(self) -> int:
+        """A run that lost its worker without progress is driven beside no other such run, so that
+        the next loss tells which of them it is. After a while another may come."""
+        if self._suspect is not None:
+            run_id, since = self._suspect
+            if self._runner.is_suspect(run_id) and time.monotonic() - since < PROBATION_S:
+                return 0
+        return 1
 
-    async def _fail_unreadable(self, claim: Claim) -> None:
-        """Rows that this version can not read: end the run instead of holding it for ever."""
-        handle = RunHandle(
-            claim.run_id,
-            claim.epoch,
-            claim.seq,
-            trace_id="0" * 32,
-            recorded_seq=claim.seq,
-            recorded_epoch=claim.epoch,
-        )
-        failed = run_failed("run_unreadable", "The stored run can not be read by this version.")
-        handle.stamp([failed], now_ms())
-        append = Append([failed], RunStatus.FAILED, None)
-        try:
-            await self._runner.drive.journal.record(handle, append)
-        except (LeaseLost, JournalRejected, HeadDiverged, JournalClosed) as error:
-            log.error("run %s could not be failed: %s", claim.run_id, type(error).__name__)
+    def _note_suspects(self, claims: list[Claim]) -> None:
+        for claim in claims:
+            if claim.takes > 1:
+                self._suspect = (claim.run_id, time.monotonic())
 
-    async def _load(self, claim: Claim) -> DrivenRun:
-        stored = await load_run(self._reader, claim.tenant_id, claim.run_id)
-        assert stored is not None, claim
-        assert stored.envelope is not None, claim
-        image = self._runner.drive.image(stored.tenant_id)
-        handle = RunHandle(
-            claim.run_id,
-            claim.epoch,
-            claim.seq,
-            stored.trace_id,
-            last_ts=stored.state.last_ts,
-            recorded_seq=claim.seq,
-            recorded_epoch=claim.epoch,
-        )
-        events, recall = _opening_events(claim, stored.state)
-        run = DrivenRun(
-            handle=handle,
-            state=stored.state,
-            envelope=stored.envelope,
-            output_contract=output_contract_of(stored.envelope, image),
-            tenant_id=stored.tenant_id,
-            opening=Append(events, RunStatus.RUNNING, None),
-            accepted=asyncio.get_running_loop().create_future(),
-            limits=limits_of(stored.envelope),
-            recall=recall,
-            outputs=await load_outputs(self._reader, claim.run_id, stored.state),
-            durable_seq=claim.seq,
-            snapshot_seq=stored.snapshot_seq,
-        )
-        for row in await open_signals(self._database, claim.run_id):
-            run.inbox.put(Signal(row.signal_id, SignalKind(row.kind), orjson.loads(row.body)))
-        return run
+    # --- upkeep -----------------------------------------------------------------------------------
+
+    async def _sweep(self) -> None:
+        await announce_the_forgotten(self._services.breakers, self._services.database)
 
     async def _keep_house(self) -> None:
-        await make_partitions(self._database, datetime.now(UTC).date())
-        await forget_old_keys(self._database)
+        await make_partitions(self._services.database, datetime.now(UTC).date())
+        await forget_old_keys(self._services.database)
 
 
-def _opening_events(claim: Claim, state: RunState) -> tuple[list[Event], list[str]]:
-    """What the journal must say before the run goes on, and which attempts are called again."""
-    if state.status is RunStatus.QUEUED:
-        plans = state.plans.values()
-        return [Event(EventType.RUN_START, {}), *(plan_generated(p, None) for p in plans)], []
-    if state.status is not RunStatus.RUNNING:
-        return [], []
-    blocked, again = recover(state)
-    data = {"epoch": claim.epoch, "from_worker": claim.from_worker, "called_again": again}
-    return [Event(EventType.RUN_RECOVERED, data, level=Level.WARN), *blocked], again
+def _every(seconds: float) -> Callable[[], Awaitable[None]]:
+    async def pause() -> None:
+        await asyncio.sleep(seconds)
 
-
-async def _hourly() -> None:
-    await asyncio.sleep(HOUSEKEEPING_EVERY_S)
+    return pause
 
 
 async def _for_ever(
@@ -235,6 +210,8 @@ async def _for_ever(
             await turn()
         except (*TRANSIENT, *REFUSED, FlexrunError) as error:
             log.warning("%s: the database is away (%s)", turn.__name__, type(error).__name__)
+            await asyncio.sleep(SECOND_LOOK_S)
         except Exception:
             log.exception("%s failed", turn.__name__)
+            await asyncio.sleep(SECOND_LOOK_S)
         await pause()

@@ -30,7 +30,8 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of whoever runs the tests do not reach the services under test."""
     for name in [name for name in os.environ if name.startswith("FLEXRUN_")]:
         monkeypatch.delenv(name)
-    for name in ("DATABASE_URL", "MAX_RETRIES", "PROVIDER_TIMEOUT_S"):
+    own_names = ("DATABASE_URL", "REDIS_URL", "MAX_RETRIES", "PROVIDER_TIMEOUT_S")
+    for name in (*own_names, "CB_THRESHOLD", "CB_COOLDOWN_S"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -47,6 +47,13 @@ class RunMetadata(_Shape):
     correlation_id: str | None
 
 
+class ResumedFrom(_Shape):
+    """The finished run whose results a run keeps, and how far its journal went."""
+
+    run_id: str
+    seq: int
+
+
 class RunResource(_Shape):
     """A run: where it stands, what it produced."""
 
@@ -60,6 +67,7 @@ class RunResource(_Shape):
     error: ErrorShape | None
     timings: Timings | None
     metadata: RunMetadata
+    resumed_from: ResumedFrom | None
     created_at: str
     finished_at: str | None
     links: dict[str, str]
@@ -112,18 +120,26 @@ class NodeAnswer(_Shape):
     output: Any = None
 
 
-class ResumeBody(_Shape):
-    """Decisions for every node that waits, and who made them."""
+class OrderBody(_Shape):
+    """Who orders it and why; with `expected_plan_version` only if the plan is still that one."""
 
-    nodes: dict[str, NodeAnswer] = Field(default_factory=dict, max_length=2_000)
     expected_plan_version: int | None = Field(default=None, ge=1)
     operator: Operator | None = None
     note: str | None = Field(default=None, max_length=4_000)
 
 
-class SignalAccepted(_Shape):
-    signal_id: str
+class ResumeBody(OrderBody):
+    """Decisions for every node that waits, and who made them."""
+
+    nodes: dict[str, NodeAnswer] = Field(default_factory=dict, max_length=2_000)
+
+
+class OrderAccepted(_Shape):
+    """A signal for the run; or the new run that goes on where a finished one stopped."""
+
     run_id: str
+    signal_id: str | None
+    resumed_from: ResumedFrom | None = None
 
 
 class DebugView(_Shape):

@@ -34,9 +34,25 @@ def accepted_view(run: DrivenRun) -> dict[str, Any]:
         "error": None,
         "timings": None,
         "metadata": _metadata(envelope.metadata.label, envelope.metadata.correlation_id),
+        "resumed_from": None,
         "created_at": rfc3339(created_ms(run.handle.run_id)),
         "finished_at": None,
         "links": _links(run.handle.text_id),
+    }
+
+
+def summary_view(row: Any) -> dict[str, Any]:
+    """A run in a list, from its rows alone."""
+    return {
+        "run_id": str(row["run_id"]),
+        "status": row["status"],
+        "objective": row["objective"],
+        "label": row["label"],
+        "correlation_id": row["correlation_id"],
+        "lane": row["lane"],
+        "last_seq": row["seq"],
+        "created_at": row["created_at"].isoformat().replace("+00:00", "Z"),
+        "links": {"self": f"/v1/runs/{row['run_id']}"},
     }
 
 
@@ -61,6 +77,7 @@ async def run_view(services: Services, stored: StoredRun) -> dict[str, Any]:
         "error": error,
         "timings": _timings(state) if services.settings.latency_record else None,
         "metadata": _metadata(stored.label, stored.correlation_id),
+        "resumed_from": resumed_from_view(stored.resumed_from),
         "created_at": rfc3339(created_ms(run_id)),
         "finished_at": None if state.finished_at is None else rfc3339(state.finished_at),
         "links": _links(state.run_id),
@@ -68,37 +85,53 @@ async def run_view(services: Services, stored: StoredRun) -> dict[str, Any]:
 
 
 async def debug_view(
-    services: Services, stored: StoredRun, signals: list[SignalRecord]
+    services: Services,
+    stored: StoredRun,
+    signals: list[SignalRecord],
+    worker: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Everything an operator asks at night, with secrets taken out."""
+    """Everything an operator asks at night, with secrets taken out: by key, and by their values."""
     state = stored.state
     view = await run_view(services, stored)
     nodes = state.nodes
-    found: dict[str, Any] = redact(
-        {
-            "run": view,
-            "lease": {"epoch": stored.epoch, "owner": stored.owner, "head_seq": stored.seq},
-            "snapshot": {"seq": stored.snapshot_seq} if stored.snapshot_seq else None,
-            "completed_nodes": [n for n, node in nodes.items() if node.status is NodeStatus.DONE],
-            "pending_nodes": [n for n, node in nodes.items() if node.status is NodeStatus.PENDING],
-            "attempts": {
-                node_id: {
-                    "attempt": node.attempt,
-                    "round": node.round,
-                    "error": node.error,
-                    "started_at": None if node.started_at is None else rfc3339(node.started_at),
-                    "retry_at": None if node.retry_at is None else rfc3339(node.retry_at),
-                }
-                for node_id, node in nodes.items()
-                if node.attempt
-            },
-            "plans": [plan_as_dict(plan) for plan in state.plans.values()],
-            "signals": [signal.as_dict() for signal in signals],
-            "envelope": None
-            if stored.envelope is None
-            else stored.envelope.model_dump(mode="json", by_alias=True),
-            "trace_id": stored.trace_id,
-        }
+    found: dict[str, Any] = services.secrets.hidden_in(
+        redact(
+            {
+                "run": view,
+                "lease": {
+                    "epoch": stored.epoch,
+                    "owner": stored.owner,
+                    "worker": worker,
+                    "head_seq": stored.seq,
+                    "takes": stored.takes,
+                    "wake_at": None
+                    if stored.wake_at is None
+                    else stored.wake_at.isoformat().replace("+00:00", "Z"),
+                },
+                "snapshot": {"seq": stored.snapshot_seq} if stored.snapshot_seq else None,
+                "completed_nodes": [n for n, node in nodes.items() if node.done_seq is not None],
+                "pending_nodes": [
+                    n for n, node in nodes.items() if node.status is NodeStatus.PENDING
+                ],
+                "attempts": {
+                    node_id: {
+                        "attempt": node.attempt,
+                        "round": node.round,
+                        "error": node.error,
+                        "started_at": None if node.started_at is None else rfc3339(node.started_at),
+                        "retry_at": None if node.retry_at is None else rfc3339(node.retry_at),
+                    }
+                    for node_id, node in nodes.items()
+                    if node.attempt
+                },
+                "plans": [plan_as_dict(plan) for plan in state.plans.values()],
+                "signals": [signal.as_dict() for signal in signals],
+                "envelope": None
+                if stored.envelope is None
+                else stored.envelope.model_dump(mode="json", by_alias=True),
+                "trace_id": stored.trace_id,
+            }
+        )
     )
     return found
 
@@ -141,6 +174,11 @@ def _timings(state: RunState) -> dict[str, Any]:
 
 def _metadata(label: str | None, correlation_id: str | None) -> dict[str, Any]:
     return {"label": label, "correlation_id": correlation_id}
+
+
+def resumed_from_view(found: tuple[UUID, int] | None) -> dict[str, Any] | None:
+    """The finished run whose results a run keeps, and how far its journal went."""
+    return None if found is None else {"run_id": str(found[0]), "seq": found[1]}
 
 
 def _links(run_id: str) -> dict[str, str]:

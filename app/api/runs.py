@@ -1,4 +1,4 @@
-"""Runs over HTTP: submit, list, look at, resume, debug.
+"""Runs over HTTP: submit, list, look at, debug. What operators order is in `orders.py`.
 
 `POST /v1/runs` is the hot route: it reads the bytes once, answers with ready bytes, and leaves
 routing aside nothing to FastAPI; its schema goes into OpenAPI by hand.
@@ -16,7 +16,7 @@ from uuid import UUID
 import orjson
 from fastapi import APIRouter, Query, Request, Response
 
-from app.api.bodies import read_body, read_json_model, validated
+from app.api.bodies import read_body, validated
 from app.api.deps import services_of, tenant_of
 from app.api.errors import PROBLEMS
 from app.api.negotiate import NO_NUL, accepts_stream, preferred_wait_s
@@ -24,12 +24,10 @@ from app.api.paging import decode_cursor, encode_cursor
 from app.api.run_schemas import (
     DebugView,
     NodeOutput,
-    ResumeBody,
     RunList,
     RunResource,
-    SignalAccepted,
 )
-from app.api.run_views import accepted_view, debug_view, run_view
+from app.api.run_views import accepted_view, debug_view, run_view, summary_view
 from app.api.stream import check_room, open_stream, stream_of
 from app.bootstrap import Services
 from app.domain.envelope import Envelope
@@ -37,9 +35,10 @@ from app.domain.errors import BadInput, ContractError, NotFound, PlanRejected, U
 from app.domain.run import RunStatus
 from app.journal.feed import Filter
 from app.kit.ids import id_at, parse_id
-from app.orchestrator.commands import Submission
+from app.orchestrator.commands import SUBMIT_ROUTE, Once, Submission, canonical, once_of
 from app.orchestrator.resume import StoredRun, event_value, load_run
 from app.store.signals import all_signals
+from app.store.workers import worker_of
 
 router = APIRouter(tags=["runs"])
 
@@ -93,23 +92,25 @@ async def submit_run(request: Request) -> Response:
     body = await read_body(request, services.settings.envelope_bytes_max)
     envelope = await validated(body, Envelope)
     tenant = tenant_of(request)
-    key = _idempotency_key(headers.get("idempotency-key"))
+    key = idempotency_key(headers.get("idempotency-key"))
+    # Only a request with a key pays for the canonical form of its envelope.
+    once = None if key is None else once_of(SUBMIT_ROUTE, key, canonical(envelope))
     wants_stream = accepts_stream(headers.get("accept", ""))
     if wants_stream:
         check_room(services)  # before the run is accepted, not after
-    if key is not None:
-        earlier = await services.commands.replayed(tenant, envelope, key)
+    if once is not None:
+        earlier = await services.commands.replayed(tenant, once)
         if earlier is not None:
             return await _replay(services, tenant, earlier, headers)
     submission = await _submission(
-        services, tenant, envelope, body.decode(), key, headers.get("traceparent")
+        services, tenant, envelope, body.decode(), once, headers.get("traceparent")
     )
     run_id = submission.run_id
     # Entered before the first commit, so that the stream is fed from memory from seq 1 on.
     channel = services.feed.enter(run_id, 0)
     stream = None
     try:
-        earlier = await services.commands.accepted(submission, tenant, key)
+        earlier = await services.commands.accepted(submission, tenant, once)
         if earlier is not None:
             return await _replay(services, tenant, earlier, headers)
         if wants_stream:
@@ -118,7 +119,7 @@ async def submit_run(request: Request) -> Response:
         wait_s = preferred_wait_s(headers.get("prefer"))
         if wait_s:
             return await _after_waiting(services, tenant, run_id, wait_s)
-        return _json(202, accepted_view(submission.run), _location(run_id))
+        return json_response(202, accepted_view(submission.run), _location(run_id))
     finally:
         if stream is None:
             services.feed.leave(channel)
@@ -129,7 +130,7 @@ async def _submission(
     tenant: str,
     envelope: Envelope,
     body: str,
-    key: str | None,
+    once: Once | None,
     traceparent: str | None,
 ) -> Submission:
     """Plan and queue the run; what is refused is tried again if the registry was behind.
@@ -137,7 +138,7 @@ async def _submission(
     What is missing here may have been registered through another process just now.
     """
     submit = partial(
-        services.commands.submit_run, tenant, envelope, body, key=key, traceparent=traceparent
+        services.commands.submit_run, tenant, envelope, body, once=once, traceparent=traceparent
     )
     image = services.registry.image(tenant)
     try:
@@ -154,7 +155,7 @@ def _location(run_id: UUID) -> dict[str, str]:
     return {"Location": f"/v1/runs/{run_id}"}
 
 
-def _json(status: int, content: Any, headers: dict[str, str] | None = None) -> Response:
+def json_response(status: int, content: Any, headers: dict[str, str] | None = None) -> Response:
     return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
 
@@ -167,7 +168,7 @@ async def _replay(services: Services, tenant: str, run_id: UUID, headers: Any) -
     if wait_s:
         return await _after_waiting(services, tenant, run_id, wait_s, more)
     stored = await _stored(services, tenant, run_id)
-    return _json(202, await run_view(services, stored), more)
+    return json_response(202, await run_view(services, stored), more)
 
 
 async def _after_waiting(
@@ -194,10 +195,10 @@ async def _after_waiting(
     stored = await _stored(services, tenant, run_id)
     status = 200 if stored.state.status.is_terminal else 202
     view = await run_view(services, stored)
-    return _json(status, view, headers or _location(run_id))
+    return json_response(status, view, headers or _location(run_id))
 
 
-def _idempotency_key(header: str | None) -> str | None:
+def idempotency_key(header: str | None) -> str | None:
     """The key, quoted or bare. Raises `BadInput` for one that is empty, long or not printable."""
     if header is None:
         return None
@@ -248,22 +249,9 @@ async def list_runs(
         created_before=_bound(created_before),
     )
     more = len(rows) > limit
-    runs = [
-        {
-            "run_id": str(row["run_id"]),
-            "status": row["status"],
-            "objective": row["objective"],
-            "label": row["label"],
-            "correlation_id": row["correlation_id"],
-            "lane": row["lane"],
-            "last_seq": row["seq"],
-            "created_at": row["created_at"].isoformat().replace("+00:00", "Z"),
-            "links": {"self": f"/v1/runs/{row['run_id']}"},
-        }
-        for row in rows[:limit]
-    ]
+    runs = [summary_view(row) for row in rows[:limit]]
     next_cursor = encode_cursor((runs[-1]["run_id"],)) if more else None
-    return _json(200, {"runs": runs, "next_cursor": next_cursor})
+    return json_response(200, {"runs": runs, "next_cursor": next_cursor})
 
 
 def _bound(at: datetime | None) -> UUID | None:
@@ -285,7 +273,7 @@ def _bound(at: datetime | None) -> UUID | None:
 async def get_run(request: Request, run_id: str) -> Response:
     services = services_of(request)
     stored = await _stored(services, tenant_of(request), parse_id(run_id))
-    return _json(200, await run_view(services, stored))
+    return json_response(200, await run_view(services, stored))
 
 
 @router.get(
@@ -307,38 +295,7 @@ async def get_node_output(request: Request, run_id: str, node_id: str) -> Respon
     bodies = await services.reader.events_at(parsed, [node.done_seq])
     data = orjson.loads(bodies[node.done_seq])["data"]
     output = await event_value(services.reader, parsed, data)
-    return _json(200, {"run_id": str(parsed), "node_id": node_id, "output": output})
-
-
-@router.post(
-    "/v1/runs/{run_id}/resume",
-    status_code=202,
-    summary="Answer a run that awaits a human",
-    response_model=SignalAccepted,
-    responses=PROBLEMS(400, 404, 409, 413, 415, 422, 503),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": {"$ref": "#/components/schemas/ResumeBody"}}
-            },
-        }
-    },
-)
-async def resume_run(request: Request, run_id: str) -> Response:
-    services = services_of(request)
-    body = await read_json_model(request, ResumeBody, services.settings.envelope_bytes_max)
-    parsed = parse_id(run_id)
-    if parsed is None:
-        raise NotFound("There is no such run.", code="run_not_found")
-    tenant = tenant_of(request)
-    signal_id = await services.commands.resume_run(
-        tenant,
-        parsed,
-        body.model_dump(mode="json", exclude_unset=True),
-        services.registry.image(tenant),
-    )
-    return _json(202, {"signal_id": str(signal_id), "run_id": run_id}, _location(parsed))
+    return json_response(200, {"run_id": str(parsed), "node_id": node_id, "output": output})
 
 
 @router.get(
@@ -352,6 +309,10 @@ async def debug_run(request: Request, run_id: str) -> Response:
     parsed = parse_id(run_id)
     stored = await _stored(services, tenant_of(request), parsed)
     assert parsed is not None
-    signals = await all_signals(services.database, parsed)
-    view = await debug_view(services, stored, signals)
-    return _json(200, view, {"Cache-Control": "no-store"})
+    view = await debug_view(
+        services,
+        stored,
+        await all_signals(services.database, parsed),
+        await worker_of(services.database, stored.owner),
+    )
+    return json_response(200, view, {"Cache-Control": "no-store"})

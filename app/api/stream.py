@@ -111,6 +111,7 @@ class EventStream(EventSourceResponse):
         if self._wanted.is_open:
             data = channel.joined_after(self._cursor)
             if data is not None and len(data) <= SEND_BYTES_MAX:
+                self._feed.metrics.stream_frames += max(channel.last - self._cursor, 0)
                 self._cursor = max(self._cursor, channel.last)
                 return data, channel.ended and self._cursor >= channel.last
         frames = channel.after(self._cursor)
@@ -143,6 +144,7 @@ class EventStream(EventSourceResponse):
             self._cursor = frame.seq
             if self._wanted.passes(frame):
                 parts.append(frame.data)
+                self._feed.metrics.stream_frames += 1
                 size += len(frame.data)
             if frame.is_terminal:
                 return b"".join(parts), True

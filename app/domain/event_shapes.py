@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from app.domain.events import BlockReason, EventType, Level
+from app.domain.events import BlockReason, EventType, Level, SkipReason
 from app.domain.plan import Author
 from app.domain.run import RunStatus
 
@@ -46,12 +46,22 @@ class ValueRef(EventData):
     bytes: int
 
 
+class ResumedFrom(EventData):
+    """A finished run, and how far its journal went."""
+
+    run_id: str
+    seq: int
+
+
 class RunQueuedData(EventData):
     """The run was accepted and is durable."""
 
     objective: str = Field(description="the first 500 characters")
     lane: str
     label: str | None = None
+    resumed_from: ResumedFrom | None = Field(None, description="the run whose results it keeps")
+    operator: dict[str, Any] | None = Field(None, description="who resumed the earlier run")
+    note: str | None = None
 
 
 class RunStartData(EventData):
@@ -132,10 +142,37 @@ class NodeRetryData(EventData):
 
 
 class NodeBlockedData(EventData):
-    """A node can not go on by itself."""
+    """A node can not go on, for good or until its breaker closes."""
 
     reason: BlockReason
     error: ErrorData | None = None
+    scope: str | None = Field(None, description="`tool::host` of the open breaker")
+    delay_ms: int | None = Field(None, description="when the breaker is asked again")
+
+
+class NodeSkippedData(EventData):
+    """A node counts as done: its result was kept from the run that this one resumes."""
+
+    reason: SkipReason
+    output: Any = None
+    output_ref: ValueRef | None = None
+
+
+class BreakerTrippedData(EventData):
+    """Too many failures in a row: calls to this far side are refused. Once per opening."""
+
+    scope: str = Field(description="`tool::host`")
+    generation: int
+    cooldown_s: float
+    degraded: bool = Field(description="only this process's breaker, because Redis is away")
+
+
+class BreakerHalfOpenData(BreakerTrippedData):
+    """The cool-down is over and one call may try. Once per opening."""
+
+
+class BreakerClosedData(BreakerTrippedData):
+    """The far side answers again. Once per opening."""
 
 
 class ValidationErrorData(EventData):
@@ -146,11 +183,14 @@ class ValidationErrorData(EventData):
 
 
 class RunPausedData(EventData):
-    """Nothing goes on until a human decides."""
+    """Nothing new starts until a human says so."""
 
     status: RunStatus
-    reason: str
-    nodes: list[str]
+    reason: str = Field(description="unknown_outcome, or operator")
+    nodes: list[str] = Field(description="that wait for a decision, or that still run")
+    signal_id: str | None = None
+    operator: dict[str, Any] | None = None
+    note: str | None = None
 
 
 class RunResumedData(EventData):
@@ -181,7 +221,11 @@ class RunFailedData(EventData):
 class RunCancelledData(EventData):
     """The run was ended by an operator."""
 
-    by: dict[str, Any] | None = None
+    signal_id: str
+    operator: dict[str, Any] | None
+    note: str | None
+    unfinished_nodes: list[str]
+    unknown_outcomes: list[str] = Field(description="nodes whose effect may have happened")
 
 
 class LogData(BaseModel):
@@ -202,7 +246,11 @@ EVENT_DATA: dict[EventType, type[BaseModel]] = {
     EventType.NODE_FAILED: NodeFailedData,
     EventType.NODE_RETRY: NodeRetryData,
     EventType.NODE_BLOCKED: NodeBlockedData,
+    EventType.NODE_SKIPPED: NodeSkippedData,
     EventType.VALIDATION_ERROR: ValidationErrorData,
+    EventType.BREAKER_TRIPPED: BreakerTrippedData,
+    EventType.BREAKER_HALF_OPEN: BreakerHalfOpenData,
+    EventType.BREAKER_CLOSED: BreakerClosedData,
     EventType.RUN_PAUSED: RunPausedData,
     EventType.RUN_RESUMED: RunResumedData,
     EventType.RUN_DONE: RunDoneData,

@@ -30,7 +30,11 @@ class EventType(StrEnum):
     NODE_FAILED = "NODE_FAILED"
     NODE_RETRY = "NODE_RETRY"
     NODE_BLOCKED = "NODE_BLOCKED"
+    NODE_SKIPPED = "NODE_SKIPPED"
     VALIDATION_ERROR = "VALIDATION_ERROR"
+    BREAKER_TRIPPED = "BREAKER_TRIPPED"
+    BREAKER_HALF_OPEN = "BREAKER_HALF_OPEN"
+    BREAKER_CLOSED = "BREAKER_CLOSED"
     RUN_PAUSED = "RUN_PAUSED"
     RUN_RESUMED = "RUN_RESUMED"
     RUN_DONE = "RUN_DONE"
@@ -47,6 +51,13 @@ class BlockReason(StrEnum):
 
     DEPENDENCY_FAILED = "dependency_failed"
     UNKNOWN_OUTCOME = "unknown_outcome"
+    BREAKER_OPEN = "breaker_open"
+
+
+class SkipReason(StrEnum):
+    """Why a node counts as done without being called."""
+
+    RESUME = "resume"
 
 
 @dataclass(slots=True)

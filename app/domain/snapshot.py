@@ -16,7 +16,7 @@ from app.domain.state import SNAPSHOT_FORMAT, NodeState, RunState
 
 _PLAIN = (
     *("seq", "last_ts", "done_count", "queued_at", "started_at", "finished_at"),
-    *("planning_ms", "paused_at", "paused_ms"),
+    *("planning_ms", "paused_at", "paused_seq", "paused_ms"),
 )
 _ORDERED = ("ready", "running", "to_block", "failed", "blocked")
 _NODE_FIELDS = tuple(field.name for field in fields(NodeState))

@@ -16,7 +16,7 @@ from app.domain.events import BlockReason, Event, EventType
 from app.domain.plan import Plan
 from app.domain.run import NodeStatus, RunStatus
 
-SNAPSHOT_FORMAT = 1
+SNAPSHOT_FORMAT = 2
 
 CapabilityKey = tuple[str, str]
 
@@ -47,8 +47,9 @@ class RunState:
     """Everything `decide` needs to know about a run.
 
     `ready` holds pending nodes that may start now, in the order in which they became ready; those
-    whose capability has a limit of its own wait in `ready_limited`. `waiting` holds pending nodes
-    with a `retry_at`. `to_block` holds pending nodes below a failed one. Times are ms since 1970.
+    whose capability has a limit of its own wait in `ready_limited`. `waiting` holds nodes with a
+    `retry_at`: pending ones, and those that an open breaker blocks until then. `to_block` holds
+    pending nodes below a failed one. Times are ms since 1970.
     """
 
     run_id: str
@@ -71,6 +72,7 @@ class RunState:
     finished_at: int | None = None
     planning_ms: float | None = None
     paused_at: int | None = None
+    paused_seq: int | None = None
     paused_ms: int = 0
 
     def unknown_outcomes(self) -> list[str]:
@@ -141,9 +143,11 @@ def _node_start(state: RunState, event: Event) -> None:
     node_id = _node_id(event)
     node = state.nodes[node_id]
     _leave_ready(state, node_id)
+    state.blocked.pop(node_id, None)
     state.running[node_id] = None
     node.status = NodeStatus.RUNNING
     node.attempt = event.attempt or 1
+    node.reason = None
     node.retry_at = None
     node.started_at = event.ts
 
@@ -154,10 +158,24 @@ def _node_done(state: RunState, event: Event) -> None:
     state.running.pop(node_id, None)
     state.blocked.pop(node_id, None)
     node.status = NodeStatus.DONE
-    node.done_seq = event.seq
     node.reason = None
     node.error = None
     node.duration_ms = event.data.get("duration_ms")
+    _satisfy_children(state, node_id, event.seq)
+
+
+def _node_skipped(state: RunState, event: Event) -> None:
+    """It counts as done: its result is in this very event."""
+    node_id = _node_id(event)
+    node = state.nodes[node_id]
+    _leave_ready(state, node_id)
+    node.status = NodeStatus.SKIPPED
+    node.reason = event.data["reason"]
+    _satisfy_children(state, node_id, event.seq)
+
+
+def _satisfy_children(state: RunState, node_id: str, seq: int) -> None:
+    state.nodes[node_id].done_seq = seq
     state.done_count += 1
     assert state.plan is not None
     for child_id in state.plan.children[node_id]:
@@ -212,16 +230,23 @@ def _node_blocked(state: RunState, event: Event) -> None:
         _leave_ready(state, node_id)
     state.to_block.pop(node_id, None)
     state.blocked[node_id] = None
+    node.attempt = event.attempt or node.attempt
     node.status = NodeStatus.BLOCKED
     node.reason = event.data["reason"]
     node.error = event.data.get("error")
     if node.reason == BlockReason.DEPENDENCY_FAILED:
         _doom_children(state, node_id)
+    elif node.reason == BlockReason.BREAKER_OPEN:
+        # Nothing was called: it goes on by itself, and no try of its round is used up.
+        node.attempts_before_round += 1
+        node.retry_at = event.ts + event.data["delay_ms"]
+        state.waiting[node_id] = node.retry_at
 
 
 def _run_paused(state: RunState, event: Event) -> None:
     state.status = RunStatus(event.data["status"])
     state.paused_at = event.ts
+    state.paused_seq = event.seq
 
 
 def _run_resumed(state: RunState, event: Event) -> None:
@@ -262,6 +287,7 @@ _HANDLERS: dict[EventType, Callable[[RunState, Event], None]] = {
     EventType.NODE_RETRY: _node_retry,
     EventType.NODE_FAILED: _node_failed,
     EventType.NODE_BLOCKED: _node_blocked,
+    EventType.NODE_SKIPPED: _node_skipped,
     EventType.RUN_PAUSED: _run_paused,
     EventType.RUN_RESUMED: _run_resumed,
     EventType.RUN_DONE: _run_done,

@@ -17,7 +17,9 @@ from uuid import UUID
 
 from app.domain.errors import FlexrunError
 from app.domain.events import TERMINAL_EVENTS, EventType
-from app.journal.frames import Frame, frame_of
+from app.journal.frames import Frame, frame_of, written_at
+from app.kit.clock import now_ms
+from app.kit.metrics import Metrics
 from app.kit.waiting import wait_at_most
 from app.store.events import EventReader
 
@@ -55,7 +57,17 @@ class Filter:
 class Channel:
     """The newest frames of one followed run. `last` is the seq of the newest frame seen."""
 
-    __slots__ = ("_bytes", "_joined", "_waiters", "ended", "followers", "frames", "last", "run_id")
+    __slots__ = (
+        "_bytes",
+        "_joined",
+        "_waiters",
+        "ended",
+        "followers",
+        "frames",
+        "is_live",
+        "last",
+        "run_id",
+    )
 
     def __init__(self, run_id: UUID, last: int) -> None:
         self.run_id = run_id
@@ -63,6 +75,7 @@ class Channel:
         self.frames: list[Frame] = []
         self.ended = False
         self.followers = 0
+        self.is_live = False  # up to date once: what comes now is new, not read late
         self._waiters: dict[asyncio.Future[bool], None] = {}
         self._bytes = 0
         self._joined: tuple[int, int, bytes] | None = None
@@ -145,8 +158,9 @@ class Channel:
 class Feed:
     """All followed runs of this process, and the tailer that keeps foreign ones fresh."""
 
-    def __init__(self, reader: EventReader) -> None:
+    def __init__(self, reader: EventReader, metrics: Metrics | None = None) -> None:
         self._reader = reader
+        self.metrics = metrics or Metrics()
         self._channels: dict[UUID, Channel] = {}
         self._nudge = asyncio.Event()
         self.readers = 0
@@ -220,3 +234,7 @@ class Feed:
                 if not frames or frames[0].seq > channel.last + 1:
                     # Retention took the rows. The streams find the gap when they page themselves.
                     channel.skip_to(seq)
+                elif channel.is_live:
+                    late_ms = max(now_ms() - written_at(frames[0]), 0)
+                    self.metrics.wake_latency.observe(late_ms / 1000)
+            channel.is_live = True

@@ -30,6 +30,7 @@ from app.journal.frames import Frame, encode_body, frame_of
 from app.kit import failpoints
 from app.kit.clock import to_datetime
 from app.kit.ids import run_day
+from app.kit.metrics import Metrics
 from app.store.append import HeadMove, NewRun, append_batch, is_missing_partition
 from app.store.database import REFUSED, TRANSIENT, HotConnection
 from app.store.heads import HeadRow, event_body, read_heads, run_of_key
@@ -105,7 +106,10 @@ class RunHandle:
 
 @dataclass(slots=True)
 class Append:
-    """What one append writes besides events. `owner` None gives the run back."""
+    """What one append writes besides events. `owner` None gives the run back.
+
+    `is_progress`: something arrived for the run, so the workers it lost before do not count.
+    """
 
     events: list[Event]
     status: RunStatus
@@ -116,6 +120,8 @@ class Append:
     snapshots: list[tuple[int, str]] = field(default_factory=list)
     blobs: list[tuple[str, bytes]] = field(default_factory=list)
     signals: list[tuple[UUID, str]] = field(default_factory=list)
+    transitions: list[tuple[str, str, int, str, float]] = field(default_factory=list)
+    is_progress: bool = False
 
     @property
     def is_parking(self) -> bool:
@@ -150,9 +156,11 @@ class Journal:
         *,
         after_commit: Callable[[], None] = lambda: None,
         writers: int = 2,
+        metrics: Metrics | None = None,
     ) -> None:
+        counted = metrics or Metrics()
         self._writers = [
-            _Writer(connect, feed, make_partitions, after_commit) for _ in range(writers)
+            _Writer(connect, feed, make_partitions, after_commit, counted) for _ in range(writers)
         ]
 
     @property
@@ -193,6 +201,8 @@ class Journal:
             snapshots=append.snapshots,
             blobs=append.blobs,
             signals=append.signals,
+            transitions=append.transitions,
+            is_progress=append.is_progress,
         )
         handle.recorded_epoch, handle.recorded_seq = handle.epoch, handle.seq
         writer = self._writers[handle.run_id.int % len(self._writers)]
@@ -208,9 +218,11 @@ class _Writer:
         feed: FrameSink,
         make_partitions: Callable[[HotConnection, set[date]], Awaitable[None]],
         after_commit: Callable[[], None],
+        metrics: Metrics,
     ) -> None:
         self._connect = connect
         self._after_commit = after_commit
+        self._metrics = metrics
         self._feed = feed
         self._make_partitions = make_partitions
         self._connection: HotConnection | None = None
@@ -303,6 +315,8 @@ class _Writer:
         landed = await append_batch(connection, [pending.move for pending in batch])
         failpoints.hit("commit.after_durable")
         self.commits += 1
+        self._metrics.flush_runs.observe(len(landed))
+        self._metrics.flush_events.observe(sum([len(pending.frames) for pending in batch]))
         self._after_commit()
         for pending in batch:
             if pending.move.run_id in landed:
@@ -313,6 +327,11 @@ class _Writer:
         failpoints.hit("publish.before")
         self._feed.publish(pending.move.run_id, pending.frames)
         failpoints.hit("publish.after")
+        events = self._metrics.events
+        for frame in pending.frames:
+            events[frame.type] += 1
+        for _, _, _, kind, _ in pending.move.transitions:
+            self._metrics.breaker_transitions[kind] += 1
         pending.settled = True
         for waiter in pending.waiters:
             if not waiter.done():
@@ -333,6 +352,7 @@ class _Writer:
             elif await self._was_committed(pending, head):
                 self._succeed(pending)
             elif head.epoch != move.epoch:
+                self._metrics.stale_writes += 1
                 _fail(pending, LeaseLost(f"epoch {head.epoch}, ours was {move.epoch}"))
             elif head.seq == move.seq and move.new_run is None:
                 again.append(pending)
@@ -410,6 +430,8 @@ def _merge(queued: _Pending, later: _Pending) -> None:
     move.snapshots += more.snapshots
     move.blobs += more.blobs
     move.signals += more.signals
+    move.transitions += more.transitions
+    move.is_progress |= more.is_progress
     queued.frames += later.frames
 
 

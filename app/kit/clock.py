@@ -1,4 +1,10 @@
-"""Time, in the two forms that the service uses. Nothing in `domain` may import this."""
+"""Time, in the two forms that the service uses. Nothing in `domain` may import this.
+
+Several processes write and read the times of one run, and their machines' clocks may be minutes
+apart: a retry that one of them puts off by a second must not wait for an hour in another. So all
+follow one clock, the database's: `follow` sets this process's time by it, every few seconds. In
+between the monotonic clock counts, so that a jump of the machine's clock changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +12,26 @@ import functools
 import time
 from datetime import UTC, datetime
 
+_ahead_ns = time.time_ns() - time.monotonic_ns()
+
+
+def now_ns() -> int:
+    """Nanoseconds since 1970, UTC."""
+    return time.monotonic_ns() + _ahead_ns
+
 
 def now_ms() -> int:
     """Wall clock in ms since 1970, UTC: for what is shown and stored."""
-    return time.time_ns() // 1_000_000
+    return (time.monotonic_ns() + _ahead_ns) // 1_000_000
+
+
+def follow(told_ms: float, asked_at_ns: int, answered_at_ns: int) -> None:
+    """Set the clock by a server's, which said `told_ms` between two readings of monotonic time.
+
+    The answer is taken to be from the middle between them (Cristian's algorithm, 1989).
+    """
+    global _ahead_ns
+    _ahead_ns = int(told_ms * 1_000_000) - (asked_at_ns + answered_at_ns) // 2
 
 
 @functools.lru_cache(maxsize=64)

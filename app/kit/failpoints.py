@@ -33,7 +33,7 @@ FAILPOINTS = (
     "park.after_record",
     "signal.before_commit",
     "signal.after_commit",
-    "resume.before_apply",
+    "signal.before_apply",
     "recover.before_load",
     "recover.after_load",
     "stream.before_send",

@@ -9,12 +9,14 @@ from datetime import UTC, date, datetime
 
 import uuid_utils.compat
 
+from app.kit.clock import now_ns
+
 DAY_MS = 86_400_000
 
 
 def new_id() -> uuid.UUID:
     """A new time-ordered id."""
-    return uuid_utils.compat.uuid7()
+    return uuid_utils.compat.uuid7(nanoseconds=now_ns())
 
 
 def created_ms(run_id: uuid.UUID) -> int:

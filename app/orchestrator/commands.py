@@ -1,4 +1,4 @@
-"""What clients order: submit a run, resume one that waits. Each ends in `Journal.record`.
+"""Submitting runs: new ones, and successors of finished ones. Each ends in `Journal.record`.
 
 A run is accepted when its first append is durable, and not before; the plan of a caller's goal
 graph is verified here, so that a wrong graph is an answer and not a failed run.
@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,16 +20,12 @@ import orjson
 
 from app.domain.envelope import Envelope
 from app.domain.errors import (
-    Conflict,
-    Fault,
     IdempotencyMismatch,
-    NotFound,
     Unavailable,
-    Unprocessable,
 )
-from app.domain.events import BlockReason, Event, EventType
-from app.domain.run import NodeStatus, RunStatus
-from app.domain.state import RunState
+from app.domain.events import Event, EventType
+from app.domain.run import RunStatus
+from app.domain.state import RunState, apply
 from app.journal.record import (
     Append,
     HeadDiverged,
@@ -42,24 +38,31 @@ from app.journal.record import (
 from app.kit import failpoints
 from app.kit.clock import rfc3339, to_datetime
 from app.kit.ids import created_ms, new_id, new_traceparent
-from app.kit.json_pointer import escape
 from app.orchestrator.outcomes import adopt_plan, plan_generated
-from app.orchestrator.resume import load_run
 from app.orchestrator.run import DrivenRun, limits_of
 from app.orchestrator.runner import Runner
-from app.orchestrator.signals import NodeDecision, SignalKind
+from app.orchestrator.successor import Successor
 from app.planner.plan_envelope import PlanLimits, output_contract_of, plan_envelope
 from app.registry.image import RegistryImage
 from app.store.append import NewRun
+from app.store.blobs import copy_blobs
 from app.store.database import Database
 from app.store.events import EventReader
 from app.store.keys import find_key
-from app.store.signals import SignalRow, accept_signal
 
 log = logging.getLogger("flexrun.commands")
 
 SUBMIT_ROUTE = "POST /v1/runs"
 OBJECTIVE_IN_EVENT_MAX = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Once:
+    """An Idempotency-Key of a route, and the sha256 of what was asked for under it."""
+
+    route: str
+    key: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class Commands:
     reader: EventReader
     database: Database
     plan_limits: PlanLimits
+    announce_work: Callable[[], None] = lambda: None
     submit_timeout_s: float = 5.0
 
     def submit_run(
@@ -89,13 +93,43 @@ class Commands:
         body: str,
         image: RegistryImage,
         *,
-        key: str | None = None,
+        once: Once | None = None,
         traceparent: str | None = None,
     ) -> Submission:
         """Plan (if the graph is the caller's), and queue the first append. Nothing is durable yet.
 
         `body` is the envelope as it was sent. Raises `PlanRejected` and `ContractError`.
         """
+        run = self._new_run(tenant_id, envelope, body, image, once, traceparent)
+        assert run.opening is not None
+        start = [Event(EventType.RUN_START, {})]
+        if envelope.goal_graph is not None:
+            start.append(self._callers_plan(run, run.opening, image))
+        return self._begin(run, start)
+
+    async def submit_successor(
+        self, successor: Successor, image: RegistryImage, once: Once | None
+    ) -> Submission:
+        """Queue a new run that keeps results of a finished one; the results come first."""
+        old = successor.old
+        assert old.envelope is not None
+        run = self._new_run(old.tenant_id, old.envelope, old.body, image, once, old.traceparent)
+        if successor.blobs:
+            # Durable before any event refers to them.
+            await copy_blobs(self.database, old.run_id, run.handle.run_id, successor.blobs)
+        successor.begin(run)
+        return self._begin(run, [Event(EventType.RUN_START, {})])
+
+    def _new_run(
+        self,
+        tenant_id: str,
+        envelope: Envelope,
+        body: str,
+        image: RegistryImage,
+        once: Once | None,
+        traceparent: str | None,
+    ) -> DrivenRun:
+        """A run in memory, with the rows and the first event of its first append."""
         failpoints.hit("submit.before_record")
         run_id = new_id()
         handle = RunHandle(run_id, epoch=0, seq=0, trace_id="")
@@ -105,9 +139,9 @@ class Commands:
             [_run_queued(envelope)],
             RunStatus.QUEUED,
             None,
-            new_run=_new_run(tenant_id, envelope, body, key, traceparent, now),
+            new_run=_rows_of(tenant_id, envelope, body, once, traceparent, now),
         )
-        run = DrivenRun(
+        return DrivenRun(
             handle=handle,
             state=RunState(handle.text_id, {}, queued_at=now),
             envelope=envelope,
@@ -117,16 +151,17 @@ class Commands:
             accepted=asyncio.get_running_loop().create_future(),
             limits=limits_of(envelope),
         )
-        start = [Event(EventType.RUN_START, {})]
-        if envelope.goal_graph is not None:
-            start.append(self._callers_plan(run, opening, image))
+
+    def _begin(self, run: DrivenRun, start: list[Event]) -> Submission:
+        """Drive the run at once when there is room, else leave it in the queue."""
+        assert run.opening is not None
         if self.runner.room > 0:
-            handle.epoch = handle.recorded_epoch = 1
-            opening.events += start
+            run.handle.epoch = run.handle.recorded_epoch = 1
+            run.opening.events += start
             self.runner.start(run)
         else:
             self._queue(run, start)
-        return Submission(run_id, run, run.accepted)
+        return Submission(run.handle.run_id, run, run.accepted)
 
     def _callers_plan(self, run: DrivenRun, opening: Append, image: RegistryImage) -> Event:
         """Verify the caller's graph: the plan goes into the append, this event announces it."""
@@ -147,7 +182,8 @@ class Commands:
         assert run.opening is not None
         opening, run.opening = run.opening, Append(start, RunStatus.RUNNING, None)
         run_id = run.handle.run_id
-        self.runner.handed_off.add(run_id)
+        if self.runner.runs_max:
+            self.runner.handed_off.add(run_id)
         run.handle.stamp(opening.events, created_ms(run_id))
         recorded = self.journal.record(run.handle, opening)
 
@@ -161,12 +197,13 @@ class Commands:
             run.durable_seq = run.handle.seq
             if not run.accepted.done():  # the client may have given up waiting
                 run.accepted.set_result(None)
-            self.runner.hand_off(run_id, partial(_claimed_inside, run, opening.events[0]))
+            self.runner.hand_off(run_id, partial(_claimed_inside, run, opening.events))
+            self.announce_work()
 
         recorded.add_done_callback(durable)
 
     async def accepted(
-        self, submission: Submission, tenant_id: str, key: str | None
+        self, submission: Submission, tenant_id: str, once: Once | None
     ) -> UUID | None:
         """Wait until the run is durable; the id of the earlier run when the key is taken.
 
@@ -176,8 +213,8 @@ class Commands:
             async with asyncio.timeout(self.submit_timeout_s):
                 await submission.accepted
         except KeyTaken:
-            assert key is not None
-            return await self.replayed(tenant_id, submission.run.envelope, key)
+            assert once is not None
+            return await self.replayed(tenant_id, once)
         except (TimeoutError, JournalClosed, LeaseLost, HeadDiverged):
             raise Unavailable(
                 "The journal does not answer; whether the run was accepted is not known. "
@@ -188,62 +225,23 @@ class Commands:
         failpoints.hit("submit.after_record")
         return None
 
-    async def replayed(self, tenant_id: str, envelope: Envelope, key: str) -> UUID | None:
-        """The run that this key made before, if any; another envelope is `IdempotencyMismatch`."""
-        found = await find_key(self.database, tenant_id, SUBMIT_ROUTE, key)
+    async def replayed(self, tenant_id: str, once: Once) -> UUID | None:
+        """The run that this key made before, if any; another body is `IdempotencyMismatch`."""
+        found = await find_key(self.database, tenant_id, once.route, once.key)
         if found is None:
             return None
         run_id, fingerprint = found
-        if fingerprint != _fingerprint(envelope):
+        if fingerprint != once.fingerprint:
             raise IdempotencyMismatch(
-                "This Idempotency-Key was used with another envelope. Use a new key."
+                "This Idempotency-Key was used with another body. Use a new key."
             )
         return run_id
 
-    async def resume_run(
-        self, tenant_id: str, run_id: UUID, body: Mapping[str, Any], image: RegistryImage
-    ) -> UUID:
-        """Store a resume signal for a run that waits for a human; its id.
 
-        `body`: `{nodes: {id: {decision, output?}}, operator?, note?, expected_plan_version?}`.
-        Raises `NotFound`, `Conflict` (`invalid_run_state`, `stale_plan_version`) and
-        `Unprocessable` when a decision does not fit its node.
-        """
-        stored = await load_run(self.reader, tenant_id, run_id)
-        if stored is None:
-            raise NotFound(f"There is no run {run_id}.", code="run_not_found")
-        state = stored.state
-        expected = body.get("expected_plan_version")
-        version = None if state.plan is None else state.plan.version
-        if expected is not None and expected != version:
-            raise Conflict(
-                f"The run is at plan version {version}, not {expected}.",
-                code="stale_plan_version",
-                extra={"expected": expected, "current": version},
-            )
-        if state.status is not RunStatus.AWAITING_HUMAN:
-            raise Conflict(f"The run is {state.status}; only a run that awaits a human is resumed.")
-        _check_decisions(state, body.get("nodes") or {}, image)
-        signal_id = new_id()
-        # A resume answers one pause: should the run pause again, an old answer must not count.
-        answer = {**body, "paused_seq": state.seq}
-        row = SignalRow(signal_id, SignalKind.RESUME, orjson.dumps(answer).decode())
-        failpoints.hit("signal.before_commit")
-        await accept_signal(
-            self.database,
-            tenant_id=tenant_id,
-            run_id=run_id,
-            signal=row,
-            allowed=(RunStatus.AWAITING_HUMAN,),
-        )
-        failpoints.hit("signal.after_commit")
-        self.runner.on_free()  # look for claimable runs now: this one is
-        return signal_id
-
-
-def _claimed_inside(run: DrivenRun, queued: Event) -> DrivenRun:
+def _claimed_inside(run: DrivenRun, queued: list[Event]) -> DrivenRun:
     """Ready a queued run for its drive: the new epoch goes into the append that starts it."""
-    run.state.seq, run.state.last_ts = queued.seq, queued.ts
+    for event in queued:
+        apply(run.state, event)
     run.handle.epoch = 1
     return run
 
@@ -258,10 +256,9 @@ def _run_queued(envelope: Envelope) -> Event:
     return Event(EventType.RUN_QUEUED, data)
 
 
-def _new_run(
-    tenant_id: str, envelope: Envelope, body: str, key: str | None, traceparent: str, now: int
+def _rows_of(
+    tenant_id: str, envelope: Envelope, body: str, once: Once | None, traceparent: str, now: int
 ) -> NewRun:
-    idempotency = None if key is None else (SUBMIT_ROUTE, key, _fingerprint(envelope))
     return NewRun(
         tenant_id=tenant_id,
         created_at=to_datetime(now),
@@ -271,14 +268,21 @@ def _new_run(
         envelope=body,
         traceparent=traceparent,
         lane=envelope.constraints.lane,
-        idempotency=idempotency,
+        idempotency=None if once is None else (once.route, once.key, once.fingerprint),
     )
 
 
-def _fingerprint(envelope: Envelope) -> str:
-    """sha256 of the canonical envelope: keys sorted, defaults filled in."""
-    plain = envelope.model_dump(mode="json", by_alias=True)
-    return hashlib.sha256(orjson.dumps(plain, option=orjson.OPT_SORT_KEYS)).hexdigest()
+def canonical(envelope: Envelope) -> dict[str, Any]:
+    """The envelope as JSON with its defaults filled in: two that mean the same are equal."""
+    return envelope.model_dump(mode="json", by_alias=True)
+
+
+def once_of(route: str, key: str | None, body: Any) -> Once | None:
+    """The key with the sha256 of the canonical body: keys sorted, defaults filled in."""
+    if key is None:
+        return None
+    canonical = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
+    return Once(route, key, hashlib.sha256(canonical).hexdigest())
 
 
 def _trace_of(traceparent: str | None) -> tuple[str, str]:
@@ -289,44 +293,3 @@ def _trace_of(traceparent: str | None) -> tuple[str, str]:
         if hexadecimal and int(parts[1], 16) and int(parts[2], 16) and parts[0] != "ff":
             return traceparent or "", parts[1]
     return new_traceparent()
-
-
-def _check_decisions(
-    state: RunState, decisions: Mapping[str, Mapping[str, Any]], image: RegistryImage
-) -> None:
-    """Decisions are about nodes with an unknown outcome, and every such node needs one."""
-    faults: list[Fault] = []
-    for node_id, given in decisions.items():
-        pointer = f"/nodes/{escape(node_id)}"
-        node = state.nodes.get(node_id)
-        if node is None:
-            faults.append(Fault("UNKNOWN_NODE", f"The plan has no node {node_id!r}.", pointer))
-        elif node.status is not NodeStatus.BLOCKED or node.reason != BlockReason.UNKNOWN_OUTCOME:
-            message = f"Node {node_id!r} does not wait for a decision, it is {node.status}."
-            faults.append(Fault("NODE_NOT_WAITING", message, pointer))
-        elif given["decision"] == NodeDecision.DONE:
-            faults += _check_output(state, node_id, given, pointer, image)
-    missing = [node_id for node_id in state.unknown_outcomes() if node_id not in decisions]
-    faults += [
-        Fault("DECISION_MISSING", f"Node {node_id!r} needs a decision.", "/nodes")
-        for node_id in missing
-    ]
-    if faults:
-        raise Unprocessable("The decisions do not fit the run.", faults=faults)
-
-
-def _check_output(
-    state: RunState, node_id: str, given: Mapping[str, Any], pointer: str, image: RegistryImage
-) -> list[Fault]:
-    """An output that an operator supplies passes the same contract as one that was computed."""
-    assert state.plan is not None
-    plan_node = state.plan.nodes[node_id]
-    if "output" not in given:
-        return [Fault("OUTPUT_MISSING", "A node declared done needs its output.", pointer)]
-    capability = image.get(plan_node.capability_id, plan_node.capability_version)
-    if capability is None:
-        return []
-    return [
-        Fault(fault.code, fault.message, f"{pointer}/output{fault.pointer}", facet=fault.facet)
-        for fault in capability.output.violations(given["output"])
-    ]

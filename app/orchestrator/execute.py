@@ -26,10 +26,11 @@ from app.domain.events import Event, EventType, Level
 from app.domain.plan import Bound, PlanNode
 from app.domain.state import CapabilityKey
 from app.kit import failpoints
+from app.kit.background import Background
 from app.kit.json_gate import JsonRefused, check_value
 from app.kit.json_pointer import PointerMissing, resolve
 from app.orchestrator.run import DrivenRun, Inbox, Outcome
-from app.ports import Call, CallFailed, CapabilityAdapter
+from app.ports import Breakers, Call, CallFailed, CapabilityAdapter, Refused
 from app.registry.image import RegistryImage
 
 log = logging.getLogger("flexrun.execute")
@@ -117,10 +118,13 @@ class Executor:
         adapters: Mapping[CapabilityKind, CapabilityAdapter],
         image: Callable[[str], RegistryImage],
         limits: ExecutionLimits,
+        breakers: Breakers,
     ) -> None:
         self._adapters = adapters
+        self._breakers = breakers
         self._image = image
         self._limits = limits
+        self._reports = Background()
         self.slots = Slots()
 
     def perform(self, run: DrivenRun, node_id: str) -> None:
@@ -226,6 +230,37 @@ class Executor:
         emitted: list[Event],
     ) -> None:
         """One attempt in a task. Cancelled means: the run is no longer ours to record."""
+        scope = adapter.breaker_scope(call.capability, run.tenant_id)
+        if scope is None:
+            outcome = await self._invoke(node, call, adapter)
+        else:
+            holder = f"{call.run_id}:{run.handle.epoch}"
+            outcome = await self._guarded(node, call, adapter, scope, holder)
+        outcome.emitted = emitted
+        run.calls.pop(node.id, None)
+        self._end(run, outcome)
+
+    async def _guarded(
+        self, node: PlanNode, call: Call, adapter: CapabilityAdapter, scope: str, holder: str
+    ) -> Outcome:
+        """The call as its breaker permits it; how it went is reported, whatever happens."""
+        permit = await self._breakers.allow(scope, holder)
+        if isinstance(permit, Refused):
+            return Outcome(call.node_id, refused=permit)
+        try:
+            outcome = await self._invoke(node, call, adapter)
+        except BaseException:
+            # Cut off: no verdict. Not awaited by us any more, but a probe must be given back.
+            self._reports.run(self._breakers.report(permit, None, holder))
+            raise
+        failure = outcome.failure
+        ok = failure is None or not failure.target_failed
+        reported = await self._breakers.report(permit, ok, holder)
+        outcome.transitions = tuple(t for t in (permit.transition, reported) if t is not None)
+        return outcome
+
+    async def _invoke(self, node: PlanNode, call: Call, adapter: CapabilityAdapter) -> Outcome:
+        """Call the adapter within the node's time limit, and judge what comes back."""
         started = time.perf_counter()
         try:
             failpoints.hit("call.before")
@@ -238,17 +273,14 @@ class Executor:
                 f"The call did not end within {node.timeout_s:g} s.",
                 retryable=True,
                 unknown_outcome=True,
+                target_failed=True,
             )
-            outcome = self._failed(call, timed_out, started)
+            return self._failed(call, timed_out, started)
         except CallFailed as failed:
-            outcome = self._failed(call, failed, started)
+            return self._failed(call, failed, started)
         except Exception as error:
-            outcome = self._crashed(call, error, started)
-        else:
-            outcome = self._returned(call, output, started)
-        outcome.emitted = emitted
-        run.calls.pop(node.id, None)
-        self._end(run, outcome)
+            return self._crashed(call, error, started)
+        return self._returned(call, output, started)
 
     def _returned(self, call: Call, output: Any, started: float) -> Outcome:
         """The output after the strict JSON gate, the size limit and the output contract."""
@@ -291,6 +323,7 @@ class Executor:
             failed.message,
             retryable=failed.retryable,
             unknown_outcome=failed.unknown_outcome,
+            target_failed=failed.target_failed,
             duration_ms=_since(started),
             delay_ms=self._backoff_ms(call.attempt, failed.retry_after_s),
             faults=failed.faults,

@@ -16,14 +16,17 @@ import time
 from collections.abc import Awaitable, Callable
 
 from app.journal.record import LeaseLost
+from app.kit import clock
 from app.kit.ids import new_id
 from app.kit.waiting import wait_at_most
 from app.store.database import HotConnection
 from app.store.leases import (
     forget_earlier_workers,
     other_workers,
+    ownerless,
     register_worker,
     renew_lease,
+    server_clock_ms,
 )
 
 log = logging.getLogger("flexrun.lease")
@@ -36,9 +39,14 @@ class Lease:
     """Who this worker is, and whether it may still write. `session` holds the advisory lock."""
 
     def __init__(
-        self, connect: Callable[[], Awaitable[HotConnection]], *, sole_user: bool = False
+        self,
+        connect: Callable[[], Awaitable[HotConnection]],
+        role: str = "serve",
+        *,
+        sole_user: bool = False,
     ) -> None:
         self._connect = connect
+        self._role = role
         self._sole_user = sole_user
         self._session: HotConnection | None = None
         self._good_until = 0.0
@@ -85,11 +93,12 @@ class Lease:
         session = await self._connect()
         lock_key = _lock_key(self.worker_id)
         taken = await register_worker(
-            session, self.worker_id, lock_key, socket.gethostname(), os.getpid()
+            session, self.worker_id, self._role, lock_key, socket.gethostname(), os.getpid()
         )
         if not taken:
             await session.close(timeout=2)
             raise ConnectionError("our advisory lock is still held by the old session")
+        await _follow_server_clock(session)
         self._session = session
         self._good_until = started + FENCE_S
         self._renewed_at = started
@@ -119,9 +128,11 @@ class Lease:
                 return
             self._good_until = started + FENCE_S
             self._renewed_at = started
+            await _follow_server_clock(self._session)
 
     async def dead_workers(self) -> list[str]:
-        """Workers whose runs may be taken: their lease is over, or their lock was free twice.
+        """Owners whose runs may be taken: their lease is over, their lock was free twice, or they
+        are no worker any more.
 
         The lock only counts on the same Postgres server start: after a restart all locks are free.
         """
@@ -130,7 +141,7 @@ class Lease:
         free = {w.worker_id for w in others if w.lock_free and w.same_server}
         dead = [w.worker_id for w in others if w.lease_over or w.worker_id in free & self._suspects]
         self._suspects = free
-        return dead
+        return dead + await ownerless(self.session)
 
     @property
     def suspects_somebody(self) -> bool:
@@ -146,6 +157,13 @@ class Lease:
         self._registered.clear()
         if self._session is not None and not self._session.is_closed():
             await self._session.close(timeout=2)
+
+
+async def _follow_server_clock(session: HotConnection) -> None:
+    """All processes of one database live by its clock, in what they write and in what they wait."""
+    asked_at = time.monotonic_ns()
+    told = await server_clock_ms(session)
+    clock.follow(told, asked_at, time.monotonic_ns())
 
 
 def _lock_key(worker_id: str) -> int:

@@ -6,7 +6,7 @@
         decide what may happen now;
         record outcomes, consumed signals and decisions as one append;
         when it is durable, perform: call the nodes that were started;
-        if all that is left waits on a human, park the run.
+        if all that is left waits on a human, or this process leaves, give the run back.
 
 Kill points: before record; after record and before the call; after the call and before the next
 record. At each of them the journal alone says how the run goes on.
@@ -23,6 +23,7 @@ import orjson
 from app.domain.decide import decide
 from app.domain.events import Event, EventType
 from app.domain.run import RunStatus
+from app.domain.signals import Signal
 from app.domain.snapshot import state_as_dict
 from app.domain.state import CapabilityKey, apply
 from app.journal.record import (
@@ -36,6 +37,7 @@ from app.journal.record import (
 )
 from app.kit import failpoints
 from app.kit.clock import now_ms
+from app.kit.metrics import Metrics
 from app.orchestrator.execute import Executor
 from app.orchestrator.lease import Lease
 from app.orchestrator.outcomes import (
@@ -67,7 +69,9 @@ class LoopLimits:
 class Drive:
     """What the loop needs besides the run.
 
-    `lease` says who we are in the heads, and whether we may still write.
+    `lease` says who we are in the heads, and whether we may still write. `is_leaving`: start
+    nothing new and give every run back as soon as no call of it is under way; `announce_work`
+    tells others.
     """
 
     journal: Journal
@@ -76,6 +80,9 @@ class Drive:
     lease: Lease
     limits: LoopLimits
     plan_limits: PlanLimits
+    metrics: Metrics = field(default_factory=Metrics)
+    announce_work: Callable[[], None] = lambda: None
+    is_leaving: bool = False
 
 
 @dataclass(slots=True)
@@ -127,7 +134,9 @@ async def _drive(run: DrivenRun, drive: Drive) -> None:
         if step.append.has_rows:
             await _record(run, drive, step.append)
         if step.append.owner is None:
-            return  # finished, or parked until a human or a timer
+            if step.append.wake_at is not None:
+                drive.announce_work()
+            return  # finished, parked until a human decides, or handed over
         for node_id in step.to_call:
             drive.executor.perform(run, node_id)
         if not run.inbox.poked:
@@ -138,18 +147,24 @@ async def _drive(run: DrivenRun, drive: Drive) -> None:
 def _next_step(run: DrivenRun, drive: Drive) -> _Step:
     """Take what arrived, apply it, decide, and shape all of it into one append."""
     state = run.state
-    step = _Step(run.opening or Append([], state.status, None), now_ms())
+    # Never below what the journal says: another process may have been a little ahead.
+    now = max(now_ms(), run.handle.last_ts)
+    step = _Step(run.opening or Append([], state.status, None), now)
     opening_events, step.append.events = step.append.events, []
     run.opening = None
     step.note(run, opening_events)
     for item in run.inbox.take():
-        if isinstance(item, Outcome):
+        step.append.is_progress = True
+        run.takes = 0
+        if isinstance(item, Signal):
+            failpoints.hit("signal.before_apply")
+            step.note(run, consume_signal(run, item, step.append))
+            drive.metrics.signals[item.kind] += step.append.signals[-1][1] == "applied"
+        elif not state.status.is_terminal:  # what comes after a cancel is not recorded any more
             failpoints.hit("outcome.before_judged")
             step.note(run, outcome_events(run, item, step.append))
-        else:
-            failpoints.hit("resume.before_apply")
-            step.note(run, consume_signal(run, item, step.append))
-    if state.status is RunStatus.RUNNING:
+            _measure(run, item, drive.metrics)
+    if state.status is RunStatus.RUNNING and not drive.is_leaving:
         if state.plan is None:
             image = drive.image(run.tenant_id)
             timed = drive.limits.latency_record
@@ -159,6 +174,16 @@ def _next_step(run: DrivenRun, drive: Drive) -> _Step:
         _decide(run, drive, step)
     _close(run, drive, step.append)
     return step
+
+
+def _measure(run: DrivenRun, outcome: Outcome, metrics: Metrics) -> None:
+    """How long a call took. What was never called has no duration."""
+    assert run.state.plan is not None
+    failure = outcome.failure
+    duration_ms = outcome.duration_ms if failure is None else failure.duration_ms
+    if outcome.refused is None and (failure is None or duration_ms > 0):
+        capability_id = run.state.plan.nodes[outcome.node_id].capability_id
+        metrics.calls.observe(capability_id, duration_ms / 1000)
 
 
 def _decide(run: DrivenRun, drive: Drive, step: _Step) -> None:
@@ -185,7 +210,13 @@ def _close(run: DrivenRun, drive: Drive, append: Append) -> None:
     """Status, owner and snapshot of an append, from the state that it leads to."""
     state = run.state
     append.status = state.status
-    append.owner = drive.lease.worker_id if state.status is RunStatus.RUNNING else None
+    is_running = state.status is RunStatus.RUNNING
+    # What starts nothing more is held until the calls under way have ended and are recorded.
+    is_held = (is_running and not drive.is_leaving) or (
+        bool(run.calls) and not state.status.is_terminal
+    )
+    append.owner = drive.lease.worker_id if is_held else None
+    append.wake_at = None if is_held or not is_running else 0  # at once, on whatever clock
     unsaved = state.seq - run.snapshot_seq
     parked = append.owner is None and not state.status.is_terminal
     if unsaved > (0 if parked else max(SNAPSHOT_EVENTS_MIN, len(state.nodes))):

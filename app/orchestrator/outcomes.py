@@ -7,6 +7,7 @@ outputs that later nodes need. Big values become blobs of the same append.
 from __future__ import annotations
 
 import hashlib
+import random
 import time
 from typing import Any
 
@@ -14,15 +15,16 @@ import orjson
 
 from app.domain.decide import judge_failure
 from app.domain.errors import Fault, PlanRejected
-from app.domain.events import Event, EventType, Level, error_data
+from app.domain.events import BlockReason, Event, EventType, Level, error_data
 from app.domain.plan import OutputSource, Plan
 from app.domain.plan_json import plan_as_dict
+from app.domain.signals import Signal, apply_signal
 from app.journal.record import Append
 from app.kit.clock import now_ms, rfc3339
 from app.kit.json_pointer import PointerMissing, resolve
 from app.orchestrator.run import DrivenRun, Outcome
-from app.orchestrator.signals import Signal, apply_resume
 from app.planner.plan_envelope import PlanLimits, plan_envelope
+from app.ports import Refused, Transition, TransitionKind
 from app.registry.image import RegistryImage
 
 INLINE_VALUE_BYTES_MAX = 64 * 1024
@@ -34,17 +36,56 @@ def outcome_events(run: DrivenRun, outcome: Outcome, append: Append) -> list[Eve
     state, node_id = run.state, outcome.node_id
     assert state.plan is not None
     node = state.nodes[node_id]
+    announced = [announcement(transition, append) for transition in outcome.transitions]
+    if outcome.refused is not None:
+        return [*announced, breaker_open(node_id, node.attempt, outcome.refused)]
     if outcome.failure is not None:
         judged = judge_failure(state.plan.nodes[node_id], node, outcome.failure)
-        return [*outcome.emitted, *judged]
+        return [*outcome.emitted, *announced, *judged]
     run.outputs[node_id] = outcome.output
-    data = _value("output", outcome.raw, append)
+    data = value_data("output", outcome.raw, append)
     data["duration_ms"] = outcome.duration_ms
     done = Event(EventType.NODE_DONE, data, node_id=node_id, attempt=node.attempt)
-    return [*outcome.emitted, done]
+    return [*outcome.emitted, *announced, done]
 
 
-def _value(name: str, raw: bytes, append: Append) -> dict[str, Any]:
+_ANNOUNCED_AS = {
+    TransitionKind.TRIPPED: (EventType.BREAKER_TRIPPED, Level.WARN),
+    TransitionKind.HALF_OPEN: (EventType.BREAKER_HALF_OPEN, Level.INFO),
+    TransitionKind.CLOSED: (EventType.BREAKER_CLOSED, Level.INFO),
+}
+
+
+def announcement(transition: Transition, append: Append) -> Event:
+    """The event of a breaker's change; its row, which makes it the only one, is in the append."""
+    append.transitions.append(
+        (
+            *(transition.scope, transition.worker_id, transition.generation),
+            *(transition.kind.value, transition.cooldown_s),
+        )
+    )
+    event_type, level = _ANNOUNCED_AS[transition.kind]
+    data = {
+        "scope": transition.scope,
+        "generation": transition.generation,
+        "cooldown_s": transition.cooldown_s,
+        "degraded": transition.degraded,
+    }
+    return Event(event_type, data, level=level)
+
+
+def breaker_open(node_id: str, attempt: int, refused: Refused) -> Event:
+    """The node waits for its breaker, and asks again soon after it may let a call in.
+
+    Not all at once: of those who wait, one becomes the probe and the others ask in vain.
+    """
+    spread_s = min(refused.retry_after_s * 0.2, 1.0)
+    delay_ms = int((refused.retry_after_s + random.uniform(0, spread_s)) * 1000) + 1
+    data = {"reason": BlockReason.BREAKER_OPEN, "scope": refused.scope, "delay_ms": delay_ms}
+    return Event(EventType.NODE_BLOCKED, data, node_id=node_id, attempt=attempt, level=Level.WARN)
+
+
+def value_data(name: str, raw: bytes, append: Append) -> dict[str, Any]:
     """A value for an event: itself, or a reference when it is big. It was encoded only once."""
     if len(raw) <= INLINE_VALUE_BYTES_MAX:
         return {name: orjson.Fragment(raw)}
@@ -55,14 +96,14 @@ def _value(name: str, raw: bytes, append: Append) -> dict[str, Any]:
 
 def consume_signal(run: DrivenRun, signal: Signal, append: Append) -> list[Event]:
     """Apply a signal, or discard it with the reason; either way it is consumed in this append."""
-    events, outputs, outcome = apply_resume(run.state, signal)
-    run.outputs.update(outputs)
-    for event in events:
+    applied = apply_signal(run.state, signal)
+    run.outputs.update(applied.outputs)
+    for event in applied.events:
         if event.type is EventType.NODE_DONE:
             raw = orjson.dumps(event.data.pop("output"))
-            event.data = {**_value("output", raw, append), **event.data}
-    append.signals.append((signal.signal_id, outcome))
-    return events
+            event.data = {**value_data("output", raw, append), **event.data}
+    append.signals.append((signal.signal_id, applied.outcome))
+    return applied.events
 
 
 def make_plan(
@@ -118,7 +159,7 @@ def complete(run: DrivenRun, append: Append) -> list[Event]:
     output = _compose(run.state.plan.output, run)
     if not run.output_contract.is_valid(output):
         return _refused(tuple(run.output_contract.violations(output)))
-    return [Event(EventType.RUN_DONE, _value("output", orjson.dumps(output), append))]
+    return [Event(EventType.RUN_DONE, value_data("output", orjson.dumps(output), append))]
 
 
 def _compose(sources: tuple[OutputSource, ...], run: DrivenRun) -> Any:

@@ -6,6 +6,7 @@ Deleting every snapshot changes nothing but the time this takes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -14,7 +15,6 @@ import orjson
 from app.domain.envelope import Envelope
 from app.domain.plan import Plan
 from app.domain.plan_json import plan_from_dict
-from app.domain.run import NodeStatus
 from app.domain.snapshot import state_from_dict
 from app.domain.state import RunState, apply
 from app.journal.frames import decode_event
@@ -26,14 +26,25 @@ PAGE_ROWS = 5_000
 
 @dataclass(slots=True)
 class StoredRun:
-    """A run as the journal has it. `epoch` and `seq` are the head's; `envelope` None = pruned."""
+    """A run as the journal has it. `epoch`, `seq`, `takes` are the head's.
 
+    `body` is the envelope as it was sent; `envelope` is None and `body` empty once it is pruned.
+    `resumed_from` is `(run_id, seq)` of the finished run whose results it keeps.
+    """
+
+    run_id: UUID
     tenant_id: str
+    lane: str
+    takes: int
+    wake_at: datetime | None
+    resumed_from: tuple[UUID, int] | None
     epoch: int
     seq: int
     owner: str | None
     status: str
     envelope: Envelope | None
+    body: str
+    traceparent: str
     objective: str
     label: str | None
     correlation_id: str | None
@@ -57,12 +68,21 @@ async def load_run(reader: EventReader, tenant_id: str, run_id: UUID) -> StoredR
         await _fold_tail(reader, run_id, state)
     envelope = row["envelope"]
     return StoredRun(
+        run_id=run_id,
         tenant_id=tenant_id,
+        lane=row["lane"],
+        takes=row["takes"],
+        wake_at=row["wake_at"],
+        resumed_from=None
+        if row["resumed_from"] is None
+        else (row["resumed_from"], row["resumed_from_seq"]),
         epoch=row["epoch"],
         seq=row["seq"],
         owner=row["owner"],
         status=row["status"],
         envelope=None if envelope is None else Envelope.model_validate_json(envelope),
+        body=envelope or "",
+        traceparent=row["traceparent"],
         objective=row["objective"],
         label=row["label"],
         correlation_id=row["correlation_id"],
@@ -94,11 +114,9 @@ async def _fold_tail(reader: EventReader, run_id: UUID, state: RunState) -> None
 
 
 async def load_outputs(reader: EventReader, run_id: UUID, state: RunState) -> dict[str, Any]:
-    """The outputs of all done nodes, by the events that hold them."""
+    """The outputs of all nodes that have one, by the events that hold them."""
     seqs = {
-        node.done_seq: node_id
-        for node_id, node in state.nodes.items()
-        if node.status is NodeStatus.DONE and node.done_seq is not None
+        node.done_seq: node_id for node_id, node in state.nodes.items() if node.done_seq is not None
     }
     bodies = await reader.events_at(run_id, list(seqs)) if seqs else {}
     return {

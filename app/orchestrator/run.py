@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
 from app.domain.contract import Contract
 from app.domain.decide import Failure, RunLimits
 from app.domain.envelope import Envelope
 from app.domain.events import Event
 from app.domain.plan import Plan
+from app.domain.signals import Signal
 from app.domain.state import CapabilityKey, RunState
 from app.journal.record import Append, RunHandle
-from app.orchestrator.signals import Signal
+from app.ports import Refused, Transition
 
 
 @dataclass(slots=True)
 class Outcome:
-    """How one call ended. `raw` is the output as JSON, made once; `emitted` came from the call."""
+    """How one call ended. `raw` is the output as JSON, made once; `emitted` came from the call.
+
+    `refused`: an open breaker kept the call from being made. `transitions` are changes of breakers
+    that this call caused and that its run announces.
+    """
 
     node_id: str
     output: Any = None
@@ -26,6 +32,8 @@ class Outcome:
     failure: Failure | None = None
     duration_ms: float = 0.0
     emitted: list[Event] = field(default_factory=list)
+    refused: Refused | None = None
+    transitions: tuple[Transition, ...] = ()
 
 
 class Inbox:
@@ -77,7 +85,8 @@ class DrivenRun:
 
     `opening` is what the first append of this process carries: the rows and first events of a new
     run, or what a take-over has to say. `accepted` resolves when it is durable. `recall` are nodes
-    whose attempt is called again after a take-over; `calls` are the tasks under way.
+    whose attempt is called again after a take-over; `calls` are the tasks under way. `takes` counts
+    the workers that were lost over the run, until it makes progress; `received` are its signals.
     """
 
     handle: RunHandle
@@ -96,6 +105,14 @@ class DrivenRun:
     limited: tuple[Plan, dict[CapabilityKey, int]] | None = None
     durable_seq: int = 0
     snapshot_seq: int = 0
+    takes: int = 0
+    received: set[UUID] = field(default_factory=set)
+
+    def receive(self, signal: Signal) -> None:
+        """Put a signal into the inbox, once: it is found again until it is consumed."""
+        if signal.signal_id not in self.received:
+            self.received.add(signal.signal_id)
+            self.inbox.put(signal)
 
     def refuse(self, error: Exception) -> None:
         """Tell whoever waits for the first append why it will not come."""

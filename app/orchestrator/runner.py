@@ -11,8 +11,10 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from uuid import UUID
 
+from app.domain.signals import Signal
 from app.orchestrator.loop import Drive, drive_run
 from app.orchestrator.run import DrivenRun
 
@@ -20,14 +22,14 @@ log = logging.getLogger("flexrun.runner")
 
 
 class Runner:
-    """Drives up to `runs_max` runs at once."""
+    """Drives up to `runs_max` runs at once; with 0 it drives none, and other processes do."""
 
     def __init__(self, drive: Drive, *, runs_max: int, backlog_max: int = 10_000) -> None:
         self.drive = drive
-        self._runs_max = runs_max
+        self.runs_max = runs_max
         self._backlog_max = backlog_max
         self._driven: dict[UUID, tuple[DrivenRun, asyncio.Task[None]]] = {}
-        self._backlog: deque[Callable[[], DrivenRun]] = deque()
+        self._backlog: deque[tuple[UUID, Callable[[], DrivenRun]]] = deque()
         self.accepting = True
         self.handed_off: set[UUID] = set()  # queued runs that this process will drive itself
         self.on_free: Callable[[], None] = lambda: None
@@ -35,7 +37,7 @@ class Runner:
     @property
     def room(self) -> int:
         """How many more runs may start now."""
-        return self._runs_max - len(self._driven) if self.accepting else 0
+        return self.runs_max - len(self._driven) if self.accepting else 0
 
     @property
     def driven(self) -> int:
@@ -47,36 +49,66 @@ class Runner:
     def start(self, run: DrivenRun) -> None:
         """Drive the run in a task of its own."""
         run_id = run.handle.run_id
+        self.handed_off.discard(run_id)
+        if (earlier := self._driven.get(run_id)) is not None:
+            earlier[1].cancel()  # of an older epoch: somebody else held the run in between
         task = asyncio.create_task(drive_run(run, self.drive))
         self._driven[run_id] = (run, task)
-        task.add_done_callback(lambda _: self._ended(run_id))
+        task.add_done_callback(partial(self._ended, run_id))
 
     def hand_off(self, run_id: UUID, make: Callable[[], DrivenRun]) -> None:
         """Drive a run that is queued already, when there is room. `make` builds it then."""
         if self.room > 0:
             self.start(make())
-        elif len(self._backlog) < self._backlog_max:
-            self._backlog.append(make)
+        elif self.runs_max and len(self._backlog) < self._backlog_max:
+            self._backlog.append((run_id, make))
         else:
-            self.handed_off.discard(run_id)  # too many wait here: any worker may claim it
+            self.handed_off.discard(run_id)  # not for us: any worker may claim it
 
-    def _ended(self, run_id: UUID) -> None:
+    def deliver(self, signal: Signal) -> None:
+        """Give a signal to the loop of its run, once, however often it is found.
+
+        A run of the backlog is started for it although there is no room: a cancel or a pause ends
+        or parks it before it calls anything.
+        """
+        if (driven := self._driven.get(signal.run_id)) is not None:
+            driven[0].receive(signal)
+        elif signal.run_id in self.handed_off:
+            make = next((make for run_id, make in self._backlog if run_id == signal.run_id), None)
+            if make is not None:
+                run = make()
+                run.receive(signal)
+                self.start(run)
+
+    def is_suspect(self, run_id: UUID) -> bool:
+        """Whether the run is driven here, lost workers before and has made no progress since."""
+        driven = self._driven.get(run_id)
+        return driven is not None and driven[0].takes > 0
+
+    def _ended(self, run_id: UUID, task: asyncio.Task[None]) -> None:
         was_full = self.room <= 0
-        self._driven.pop(run_id, None)
-        self.handed_off.discard(run_id)
+        if run_id in self._driven and self._driven[run_id][1] is task:
+            del self._driven[run_id]
+            self.handed_off.discard(run_id)
         while self._backlog and self.room > 0:
-            self.start(self._backlog.popleft()())
+            waiting_id, make = self._backlog.popleft()
+            if waiting_id in self.handed_off:  # else it was claimed in the meantime
+                self.start(make())
         if was_full and self.room > 0:
             self.on_free()
 
     async def drain(self, grace_s: float) -> None:
-        """Start nothing new, give running calls `grace_s` to end, then let go of what is left.
+        """Give every run back: at once when no call of it is under way, else when that has ended.
 
-        A run that is let go keeps its journal as it is: the next worker takes it up from there.
+        A call has `grace_s` for it. A run that is let go after that keeps its journal as it is: the
+        next worker takes it up from there.
         """
         self.accepting = False
+        self.drive.is_leaving = True
         self._backlog.clear()
         self.handed_off.clear()
+        for run, _ in self._driven.values():
+            run.inbox.poke()
         tasks = [task for _, task in self._driven.values()]
         if tasks:
             await asyncio.wait(tasks, timeout=grace_s)

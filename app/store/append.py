@@ -24,7 +24,10 @@ from app.store.database import HotConnection
 
 @dataclass(slots=True)
 class NewRun:
-    """The rows that exist once per run. `idempotency` is `(route, key, fingerprint)`."""
+    """The rows that exist once per run.
+
+    `idempotency` is `(route, key, fingerprint)`, `resumed_from` `(run_id, seq)` of a finished run.
+    """
 
     tenant_id: str
     created_at: datetime
@@ -35,6 +38,7 @@ class NewRun:
     traceparent: str
     lane: str
     idempotency: tuple[str, str, str] | None = None
+    resumed_from: tuple[UUID, int] | None = None
 
 
 @dataclass(slots=True)
@@ -42,7 +46,8 @@ class HeadMove:
     """One run's part of a batch: from `(epoch, seq)` to `(new_epoch, new_seq)`, with its rows.
 
     `events` rows are `(seq, type, node_id, attempt, level, body)`, `plans` `(version, body)`,
-    `snapshots` `(seq, body)`, `blobs` `(sha256, bytes)`, `signals` `(signal_id, outcome)`.
+    `snapshots` `(seq, body)`, `blobs` `(sha256, bytes)`, `signals` `(signal_id, outcome)`,
+    `transitions` `(scope, worker_id, generation, kind, cooldown_s)` of breakers.
     """
 
     run_id: UUID
@@ -60,6 +65,8 @@ class HeadMove:
     snapshots: list[tuple[int, str]] = field(default_factory=list)
     blobs: list[tuple[str, bytes]] = field(default_factory=list)
     signals: list[tuple[UUID, str]] = field(default_factory=list)
+    transitions: list[tuple[str, str, int, str, float]] = field(default_factory=list)
+    is_progress: bool = False
 
 
 async def append_batch(connection: HotConnection, moves: list[HeadMove]) -> set[UUID]:
@@ -82,7 +89,7 @@ def is_missing_partition(error: Exception) -> bool:
     return isinstance(error, asyncpg.CheckViolationError) and "no partition" in str(error)
 
 
-_OPTIONAL = ("new_run", "plans", "snapshots", "blobs", "signals")
+_OPTIONAL = ("new_run", "plans", "snapshots", "blobs", "signals", "transitions")
 
 # name -> (table, columns of the row, their types); run_day and run_id come first in every row.
 _ROW_SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -95,17 +102,25 @@ _ROW_SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "snapshots": ("snapshots", ("seq", "body"), ("int", "text")),
     "blobs": ("blobs", ("sha256", "body"), ("text", "bytea")),
     "signals": ("signals", ("signal_id", "outcome"), ("uuid", "text")),
+    "transitions": (
+        "breaker_transitions",
+        ("scope", "worker_id", "generation", "kind", "cooldown_s"),
+        ("text", "text", "bigint", "text", "float8"),
+    ),
 }
 
-_HEAD_TYPES = ("uuid", "int", "int", "int", "int", "text", "text", "timestamptz")
+_HEAD_TYPES = ("uuid", "int", "int", "int", "int", "text", "text", "timestamptz", "bool")
 _NEW_RUN_TYPES = (
     *("uuid", "text", "timestamptz", "text", "text", "text", "text", "text", "text"),
-    *("int", "int", "text", "text", "timestamptz", "text", "text", "text"),
+    *("int", "int", "text", "text", "timestamptz", "text", "text", "text", "uuid", "int"),
 )
 
 
 def _head_row(m: HeadMove) -> tuple[Any, ...]:
-    return (m.run_id, m.epoch, m.seq, m.new_epoch, m.new_seq, m.status, m.owner, m.wake_at)
+    return (
+        *(m.run_id, m.epoch, m.seq, m.new_epoch, m.new_seq, m.status, m.owner, m.wake_at),
+        m.is_progress,
+    )
 
 
 def _head_columns(moves: list[HeadMove]) -> list[list[Any]]:
@@ -125,6 +140,7 @@ def _new_run_columns(moves: list[HeadMove]) -> list[list[Any]]:
                     *(new.correlation_id, new.envelope, new.traceparent, new.lane),
                     *(move.new_epoch, move.new_seq, move.owner, move.status, move.wake_at),
                     *(new.idempotency or (None, None, None)),
+                    *(new.resumed_from or (None, None)),
                 )
             )
     # In key order, so that two batches with the same keys can not wait for each other.
@@ -180,6 +196,11 @@ def _rows_part(name: str, parameters: _Parameters, is_single: bool) -> str:
         return f"""signals as (update signals s set outcome = found.outcome
             from (select {key}, {names} from {source}) as found (run_day, run_id, {names})
             where s.signal_id = found.signal_id)"""
+    if name == "transitions":
+        # No day in the key: an opening is announced once, whichever run does it.
+        return f"""{name} as (insert into {table} (run_id, {names})
+            select found.run_id, {names} from (select {key}, {names} from {source})
+            as found (run_day, run_id, {names}) on conflict do nothing)"""
     conflict = " on conflict do nothing" if name == "blobs" else ""
     return f"""{name} as (insert into {table} (run_day, run_id, {names})
         select {key}, {names} from {source}{conflict})"""
@@ -189,12 +210,13 @@ def _head_parts(parameters: _Parameters) -> list[str]:
     """Lock all heads in order, then move those that are where their writer believes them to be."""
     return [
         f"""wanted as materialized (select * from unnest({parameters.arrays(_HEAD_TYPES)}) as
-            w (run_id, epoch, seq, new_epoch, new_seq, status, owner, wake_at))""",
+            w (run_id, epoch, seq, new_epoch, new_seq, status, owner, wake_at, is_progress))""",
         """locked as materialized (select h.run_id from run_heads h join wanted w
             on h.run_id = w.run_id and h.epoch = w.epoch and h.seq = w.seq
             order by h.run_id for update of h)""",
         """moved as (update run_heads h set epoch = w.new_epoch, seq = w.new_seq,
-            status = w.status, owner = w.owner, wake_at = w.wake_at, takes = 0
+            status = w.status, owner = w.owner, wake_at = w.wake_at,
+            takes = case when w.is_progress then 0 else h.takes end
             from wanted w join locked using (run_id)
             where h.run_id = w.run_id and h.epoch = w.epoch and h.seq = w.seq
             returning h.run_id)""",
@@ -204,10 +226,11 @@ def _head_parts(parameters: _Parameters) -> list[str]:
 def _one_head_part(parameters: _Parameters) -> list[str]:
     """The same for a run alone: no order to keep, and a fifth less time in the server."""
     run_id, epoch, seq, *new = parameters.scalars(_HEAD_TYPES)
-    new_epoch, new_seq, status, owner, wake_at = new
+    new_epoch, new_seq, status, owner, wake_at, is_progress = new
     return [
         f"""moved as (update run_heads set epoch = {new_epoch}, seq = {new_seq},
-            status = {status}, owner = {owner}, wake_at = {wake_at}, takes = 0
+            status = {status}, owner = {owner}, wake_at = {wake_at},
+            takes = case when {is_progress} then 0 else takes end
             where run_id = {run_id} and epoch = {epoch} and seq = {seq} returning run_id)"""
     ]
 
@@ -216,15 +239,16 @@ def _new_run_parts(parameters: _Parameters) -> list[str]:
     return [
         f"""submitted as materialized (select * from unnest({parameters.arrays(_NEW_RUN_TYPES)}) as
             n (run_id, tenant_id, created_at, objective, label, correlation_id, envelope,
-               traceparent, lane, epoch, seq, owner, status, wake_at, route, key, fingerprint))""",
+               traceparent, lane, epoch, seq, owner, status, wake_at, route, key, fingerprint,
+               resumed_from, resumed_from_seq))""",
         """new_keys as (insert into idempotency_keys
             (tenant_id, route, key, run_id, fingerprint, created_at)
             select tenant_id, route, key, run_id, fingerprint, created_at from submitted
             where key is not null on conflict do nothing returning run_id)""",
         """new_runs as (insert into runs (run_id, tenant_id, created_at, objective, label,
-            correlation_id, envelope, traceparent)
+            correlation_id, envelope, traceparent, resumed_from, resumed_from_seq)
             select run_id, tenant_id, created_at, objective, label, correlation_id, envelope,
-            traceparent from submitted
+            traceparent, resumed_from, resumed_from_seq from submitted
             where key is null or run_id in (select run_id from new_keys)
             on conflict do nothing returning run_id)""",
         """new_heads as (insert into run_heads (run_id, tenant_id, epoch, seq, owner, status,

@@ -6,12 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import RowMapping, Select, and_, select
+from sqlalchemy import RowMapping, Select, and_, exists, select
 
 from app.domain.events import TERMINAL_EVENTS
 from app.kit.ids import run_day
 from app.store.database import Database
 from app.store.tables import blobs, events, plan_versions, run_heads, runs, snapshots
+
+FIND_WINDOW = 100_000
+FOUND_MAX = 100
+
+_SUMMARY_COLUMNS = (
+    *(runs.c.run_id, runs.c.objective, runs.c.label, runs.c.correlation_id),
+    *(runs.c.created_at, run_heads.c.status, run_heads.c.seq, run_heads.c.lane),
+)
+_HEAD_COLUMNS = ("epoch", "seq", "owner", "status", "lane", "takes", "wake_at")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +106,7 @@ class EventReader:
         statement = (
             select(
                 *runs.c,
-                *(run_heads.c[name] for name in ("epoch", "seq", "owner", "status", "lane")),
+                *(run_heads.c[name] for name in _HEAD_COLUMNS),
             )
             .join(run_heads, run_heads.c.run_id == runs.c.run_id)
             .where(runs.c.run_id == run_id, runs.c.tenant_id == tenant_id)
@@ -148,6 +157,38 @@ class EventReader:
             found: bytes | None = (await connection.execute(statement)).scalar()
             return found
 
+    async def runs_for(self, tenant_id: str, objective: str) -> list[RowMapping]:
+        """The newest runs with this objective that are not done, with their envelopes.
+
+        A run that was resumed as another one is left out: the other one tells how it went on.
+
+        Looks at the newest `FIND_WINDOW` runs of the tenant: nobody resumes what is older, and an
+        index over envelopes would cost every run that is submitted.
+        """
+        newest = (
+            select(runs.c.run_id, runs.c.objective)
+            .where(runs.c.tenant_id == tenant_id)
+            .order_by(runs.c.run_id.desc())
+            .limit(FIND_WINDOW)
+            .subquery()
+        )
+        successors = runs.alias()
+        statement = (
+            select(*_SUMMARY_COLUMNS, runs.c.envelope)
+            .join(run_heads, run_heads.c.run_id == runs.c.run_id)
+            .join(newest, newest.c.run_id == runs.c.run_id)
+            .where(
+                newest.c.objective == objective,
+                run_heads.c.status != "done",
+                runs.c.envelope.is_not(None),
+                ~exists().where(successors.c.resumed_from == runs.c.run_id),
+            )
+            .order_by(runs.c.run_id.desc())
+            .limit(FOUND_MAX)
+        )
+        async with self._database.read() as connection:
+            return list((await connection.execute(statement)).mappings())
+
     async def list_runs(
         self,
         tenant_id: str,
@@ -161,10 +202,7 @@ class EventReader:
     ) -> list[RowMapping]:
         """Runs, newest first. Times are asked for as UUIDv7 bounds: the id is the time."""
         statement = (
-            select(
-                *(runs.c.run_id, runs.c.objective, runs.c.label, runs.c.correlation_id),
-                *(runs.c.created_at, run_heads.c.status, run_heads.c.seq, run_heads.c.lane),
-            )
+            select(*_SUMMARY_COLUMNS)
             .join(run_heads, run_heads.c.run_id == runs.c.run_id)
             .where(runs.c.tenant_id == tenant_id)
             .order_by(runs.c.run_id.desc())

@@ -1,4 +1,4 @@
-"""The lease of a worker, the hint that one is dead, and claims of runs. Hot: asyncpg directly.
+"""The lease of a worker, and the hint that one is dead. Hot: asyncpg directly.
 
 Every function works on the worker's own lock session: a connection that holds a session advisory
 lock for as long as the process lives. A free lock is only a hint that its owner is dead; the epoch
@@ -26,27 +26,17 @@ class WorkerRow:
     same_server: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A run that is ours now, under a new epoch. `from_worker` is who held it before, if anyone."""
-
-    run_id: UUID
-    tenant_id: str
-    epoch: int
-    seq: int
-    from_worker: str | None
-
-
 async def register_worker(
-    connection: HotConnection, worker_id: str, lock_key: int, host: str, pid: int
+    connection: HotConnection, worker_id: str, role: str, lock_key: int, host: str, pid: int
 ) -> bool:
     """Take the advisory lock and write the row, anew after a lost session. False: still locked."""
     if not await connection.fetchval("select pg_try_advisory_lock($1, $2)", LOCK_CLASS, lock_key):
         return False
     await connection.execute(
-        """insert into workers (worker_id, lease_until, pg_start, lock_key, started_at, host, pid)
+        """insert into workers
+            (worker_id, lease_until, pg_start, lock_key, started_at, host, pid, role)
         values ($1, clock_timestamp() + make_interval(secs => $2), pg_postmaster_start_time(),
-                $3, clock_timestamp(), $4, $5)
+                $3, clock_timestamp(), $4, $5, $6)
         on conflict (worker_id) do update
         set lease_until = excluded.lease_until, pg_start = excluded.pg_start""",
         worker_id,
@@ -54,6 +44,7 @@ async def register_worker(
         lock_key,
         host,
         pid,
+        role,
     )
     return True
 
@@ -81,14 +72,26 @@ async def renew_lease(connection: HotConnection, worker_id: str) -> bool:
     return str(status) == "UPDATE 1"
 
 
-async def leave(connection: HotConnection, worker_id: str) -> None:
-    """Give back what is still held and forget the worker: the others need not wait for a lease."""
-    await connection.execute(
+async def server_clock_ms(connection: HotConnection) -> float:
+    """The database's clock, in ms since 1970."""
+    found = await connection.fetchval(
+        "select (extract(epoch from clock_timestamp()) * 1000)::float8"
+    )
+    return float(found)
+
+
+async def leave(connection: HotConnection, worker_id: str) -> int:
+    """Give back what is still held and forget the worker: the others need not wait for a lease.
+
+    Returns how many runs were given back.
+    """
+    status = await connection.execute(
         """update run_heads set owner = null, epoch = epoch + 1, wake_at = clock_timestamp()
         where owner = $1""",
         worker_id,
     )
     await connection.execute("delete from workers where worker_id = $1", worker_id)
+    return int(str(status).rpartition(" ")[2])
 
 
 async def other_workers(connection: HotConnection, worker_id: str) -> list[WorkerRow]:
@@ -107,38 +110,24 @@ async def other_workers(connection: HotConnection, worker_id: str) -> list[Worke
     return [WorkerRow(*row) for row in rows]
 
 
-async def claim_runs(
-    connection: HotConnection, worker_id: str, dead: list[str], not_these: list[UUID], limit: int
-) -> list[Claim]:
-    """Take up to `limit` runs nobody drives, and those of dead workers, oldest first.
-
-    Claimable is derived, never flagged: unfinished, without a live owner, and queued, or due to
-    wake, or with a signal that waits. The new epoch is durable before anything of the run is read.
-    `not_these` are queued runs that this process starts itself.
-    """
+async def ownerless(connection: HotConnection) -> list[str]:
+    """Owners of runs that are no worker any more: their row was forgotten while they were away."""
     rows = await connection.fetch(
-        """with picked as materialized (
-            select h.run_id, h.owner from run_heads h
-            where h.status in ('queued', 'running', 'awaiting_human', 'paused')
-            and ((h.owner is null and (h.status = 'queued' or h.wake_at <= clock_timestamp()
-                    or exists (select from signals s
-                               where s.run_id = h.run_id and s.outcome is null)))
-                or h.owner = any($2::text[])
-                or (h.owner is not null and h.owner <> $1 and not exists
-                    (select from workers w where w.worker_id = h.owner)))
-            and h.run_id <> all($3::uuid[])
-            order by h.run_id limit $4
-            for update of h skip locked)
-        update run_heads h
-        set owner = $1, epoch = h.epoch + 1, wake_at = null, takes = h.takes + 1
-        from picked p where h.run_id = p.run_id
-        returning h.run_id, h.tenant_id, h.epoch, h.seq, p.owner""",
-        worker_id,
-        dead,
-        not_these,
-        limit,
+        """with recursive owners as (
+            (select owner from run_heads where owner is not null order by owner limit 1)
+            union all
+            select (select h.owner from run_heads h where h.owner > o.owner
+                    order by h.owner limit 1) from owners o where o.owner is not null)
+        select owner from owners o where owner is not null
+        and not exists (select from workers w where w.worker_id = o.owner)"""
     )
-    return [Claim(*row) for row in rows]
+    return [row[0] for row in rows]
+
+
+async def owned_runs(connection: HotConnection, worker_id: str) -> list[UUID]:
+    """The runs that the heads say this worker drives."""
+    rows = await connection.fetch("select run_id from run_heads where owner = $1", worker_id)
+    return [row[0] for row in rows]
 
 
 async def forget_workers(connection: HotConnection, dead: list[str]) -> None:

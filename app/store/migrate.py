@@ -31,6 +31,16 @@ def head_revision() -> str:
     return head
 
 
+def is_behind(revision: str | None) -> bool:
+    """Whether a database of this revision lacks something that this version needs.
+
+    A revision that is not in the source tree is a newer one: migrations leave the previous version
+    working, so that processes can be replaced one by one.
+    """
+    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    return revision is None or (revision in known and revision != head_revision())
+
+
 async def current_revision(database: Database) -> str | None:
     """The revision of the database; None when it is empty."""
     async with database.read() as connection:

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Column,
     Date,
     DateTime,
+    Double,
     Integer,
     LargeBinary,
     MetaData,
@@ -35,6 +36,8 @@ runs = Table(
     Column("envelope", Text),  # the body as it was accepted; null once pruned
     Column("traceparent", Text, nullable=False),
     Column("pruned_at", DateTime(timezone=True)),
+    Column("resumed_from", Uuid),  # the finished run whose results this one keeps
+    Column("resumed_from_seq", Integer),
 )
 
 run_heads = Table(
@@ -101,6 +104,7 @@ signals = Table(
     Column("body", Text, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
     Column("outcome", Text),  # null until the holder applied or discarded it
+    Column("idempotency_key", Text),
 )
 
 workers = Table(
@@ -113,6 +117,7 @@ workers = Table(
     Column("started_at", DateTime(timezone=True), nullable=False),
     Column("host", Text, nullable=False),
     Column("pid", Integer, nullable=False),
+    Column("role", Text, nullable=False),  # serve, api or worker
 )
 
 idempotency_keys = Table(
@@ -124,6 +129,18 @@ idempotency_keys = Table(
     Column("run_id", Uuid, nullable=False),
     Column("fingerprint", Text, nullable=False),  # sha256 of the canonical envelope
     Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+breaker_transitions = Table(
+    "breaker_transitions",
+    metadata,
+    Column("scope", Text, primary_key=True),
+    Column("worker_id", Text, primary_key=True),  # "" for a breaker that all processes share
+    Column("generation", BigInteger, primary_key=True),
+    Column("kind", Text, primary_key=True),
+    Column("cooldown_s", Double, nullable=False),
+    Column("run_id", Uuid),  # whose journal holds the event; null: announced by a sweep or by hand
+    Column("announced_at", DateTime(timezone=True), nullable=False),
 )
 
 capabilities = Table(

@@ -44,11 +44,11 @@ async def services(durable_postgres: Any) -> AsyncIterator[Services]:
 async def run_to_end(services: Services, envelope: dict[str, Any], *, hand_off: bool) -> str:
     """Submit and wait; with `hand_off` there is no room until the run is queued."""
     model = Envelope.model_validate(envelope)
-    room, services.runner._runs_max = services.runner._runs_max, 0 if hand_off else 1_000
+    services.runner.accepting = not hand_off
     submission = services.commands.submit_run(
         "default", model, orjson.dumps(envelope).decode(), services.registry.image("default")
     )
-    services.runner._runs_max = room
+    services.runner.accepting = True
     channel = services.feed.enter(submission.run_id, 0)
     while not channel.ended:
         await channel.wait()
