@@ -6,6 +6,8 @@ httpx is imported on use, so that `flexrun --help` does not wait for it.
 from __future__ import annotations
 
 import ipaddress
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -15,6 +17,7 @@ from urllib.parse import quote, urlsplit
 import typer
 
 from app.cli.errors import ApiProblem, CliError, ExitCode, Unreachable, UsageError
+from app.cli.output import err
 
 if TYPE_CHECKING:
     import httpx
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 DEFAULT_URL = "http://127.0.0.1:8000"
 START_IT = "Start it with: flexrun serve"
 READ_TIMEOUT_S = 30.0
+ORDER_TRIES_MAX = 4
 SILENCE_MAX_S = 45.0
 """Streams have a heartbeat every 15 s: after three that did not come, the line is dead."""
 
@@ -190,3 +194,26 @@ def pages(api: Api, path: str, key: str, params: Params, *, limit: int) -> list[
         if cursor is None:
             break
     return found
+
+
+def order(api: Api, path: str, body: Any, key: str | None = None) -> dict[str, Any]:
+    """POST an order once, however often it takes: under one idempotency key it acts only once."""
+    key = key or str(uuid.uuid4())
+    tries = 1
+    while True:
+        try:
+            accepted: dict[str, Any] = api.post(path, body, {"Idempotency-Key": key})
+            return accepted
+        except (Unreachable, ApiProblem) as error:
+            pause_s = _worth_another_try(error)
+            if pause_s is None or tries == ORDER_TRIES_MAX:
+                raise
+            err(f"{error.message} Sending it again in {pause_s:.0f} s.")
+        tries += 1
+        time.sleep(pause_s)
+
+
+def _worth_another_try(error: Unreachable | ApiProblem) -> float | None:
+    if isinstance(error, ApiProblem):
+        return error.retry_after_s if error.status == 503 else None
+    return None if error.refused else 1.0

@@ -16,13 +16,13 @@ from typing import Annotated
 
 import typer
 
-from app.cli.client import Api
+from app.cli.client import Api, order, path_of
 from app.cli.errors import CliError
 from app.cli.follow import Follower
 from app.cli.inputs import make_envelope
 from app.cli.output import out
 from app.cli.render import event_line
-from app.cli.run import EXIT_OF_STATUS, print_result, submit
+from app.cli.watch import EXIT_OF_STATUS, print_result
 
 READY = "Flexrun is ready at "
 READY_DEADLINE_S = 120.0
@@ -53,7 +53,7 @@ def demo(
             api, None, [f"document=@{document}"], ["brief"], f"Brief the team on {document.name}."
         )
         envelope["metadata"] = {"label": "demo"}
-        run_id = submit(api, envelope)["run_id"]
+        run_id = order(api, path_of("runs"), envelope)["run_id"]
         for event in Follower(api, run_id):
             out(event_line(event))
         run = api.get(f"/v1/runs/{run_id}")

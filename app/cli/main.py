@@ -1,6 +1,6 @@
 """The command line: `flexrun serve | run | show | tail | …`. Only names commands and prints errors.
 
-Commands speak to the HTTP API; `serve`, `migrate`, `prune` and `doctor` also touch the database of
+Commands speak to the HTTP API; those of *This machine* also touch the database of
 this machine. Nothing heavy is imported before a command needs it: `flexrun --help` is quick.
 """
 
@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import typer
 
+from app.cli.breakers import breakers
 from app.cli.database import migrate, prune
 from app.cli.demo import demo
 from app.cli.doctor import doctor
@@ -21,11 +22,12 @@ from app.cli.output import err, out
 from app.cli.plan import plan
 from app.cli.registry import capabilities, facets
 from app.cli.run import run
-from app.cli.runs import resume, runs, show, tail
-from app.cli.serve import serve
+from app.cli.runs import runs, show, tail
+from app.cli.serve import api, serve, worker
+from app.cli.signals import cancel, pause, resume
 from app.version import VERSION
 
-GROUPS = ("capabilities", "facets")
+GROUPS = ("breakers", "capabilities", "facets")
 
 app = typer.Typer(
     name="flexrun",
@@ -43,13 +45,14 @@ def version() -> None:
 
 
 for panel, commands in {
-    "Runs": (run, show, tail, runs, resume, plan),
-    "This machine": (serve, migrate, prune, doctor),
+    "Runs": (run, show, tail, runs, cancel, pause, resume, plan),
+    "This machine": (serve, api, worker, migrate, prune, doctor),
 }.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 app.add_typer(capabilities, name="capabilities", rich_help_panel="Catalog")
 app.add_typer(facets, name="facets", rich_help_panel="Catalog")
+app.add_typer(breakers, name="breakers", rich_help_panel="This machine")
 app.command(hidden=True)(demo)
 
 

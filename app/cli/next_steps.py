@@ -1,4 +1,4 @@
-"""What a person can do about a run that waits or failed: commands to copy."""
+"""What a person can do about a run as it stands, and about an order that it refused."""
 
 from __future__ import annotations
 
@@ -7,20 +7,32 @@ from collections.abc import Iterator
 from typing import Any
 
 from app.cli.client import DEFAULT_URL
+from app.cli.picture import TERMINAL_STATUSES, WAITING_STATUSES
 
 
 def next_steps(run: dict[str, Any], url: str) -> Iterator[str]:
-    """Lines for the bottom of a report; none for a run that needs nothing."""
-    run_id = run["run_id"]
-    at = url_option(url)
-    if run["status"] == "awaiting_human":
-        yield from _decisions(run, run_id, at)
-    elif run["status"] == "failed":
+    """Lines for the bottom of a report: commands to copy. None for a run that needs nothing."""
+    lines = list(_lines(run, run["run_id"], url_option(url)))
+    if lines:
         yield ""
-        yield f"What happened: flexrun show {run_id} --events{at}"
-    elif run["status"] in ("queued", "running"):
-        yield ""
-        yield f"Watch it: flexrun tail {run_id} -f{at}"
+        yield from lines
+
+
+def _lines(run: dict[str, Any], run_id: str, at: str) -> Iterator[str]:
+    match run["status"]:
+        case "queued" | "running":
+            yield f"Watch it: flexrun tail {run_id} -f{at}"
+        case "paused" | "awaiting_human":
+            if running := [n["node_id"] for n in run["nodes"] if n["status"] == "running"]:
+                yield f"Still under way, and recorded when it ends: {', '.join(running)}"
+            needed = list(decisions(run, at))
+            yield from needed or (f"Go on with it: flexrun resume {run_id}{at}",)
+            yield f"End it: flexrun cancel {run_id}{at}"
+        case "failed":
+            yield f"What happened: flexrun show {run_id} --events{at}"
+            yield f"Go on where it failed, as a new run: flexrun resume {run_id}{at}"
+        case "cancelled":
+            yield f"Go on where it stopped, as a new run: flexrun resume {run_id}{at}"
 
 
 def url_option(url: str) -> str:
@@ -28,11 +40,11 @@ def url_option(url: str) -> str:
     return "" if url == DEFAULT_URL else f" --url {shlex.quote(url)}"
 
 
-def _decisions(run: dict[str, Any], run_id: str, at: str) -> Iterator[str]:
+def decisions(run: dict[str, Any], at: str) -> Iterator[str]:
+    """The decisions that a run awaits, as commands; none if it awaits none."""
     waiting = [node["node_id"] for node in run["nodes"] if node.get("reason") == "unknown_outcome"]
     if not waiting:
         return
-    yield ""
     yield f"Nobody knows whether the call of {', '.join(waiting)} took effect. Look, then decide:"
     for decision, meaning in (
         ("retry", "it did not; call it again"),
@@ -42,4 +54,26 @@ def _decisions(run: dict[str, Any], run_id: str, at: str) -> Iterator[str]:
         nodes = " ".join(f"--node {shlex.quote(node_id)}={decision}" for node_id in waiting)
         outputs = "".join(f" --output {shlex.quote(node_id)}=@output.json" for node_id in waiting)
         more = outputs if decision == "done" else ""
-        yield f"  flexrun resume {run_id} {nodes}{more}{at}    # {meaning}"
+        yield f"  flexrun resume {run['run_id']} {nodes}{more}{at}    # {meaning}"
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+_REFUSED_IN = {
+    "cancel": (TERMINAL_STATUSES, "there is nothing left to cancel"),
+    "pause": (TERMINAL_STATUSES | WAITING_STATUSES, "there is nothing to pause"),
+    "resume": (frozenset({"queued", "running", "done"}), "there is nothing to resume"),
+}
+
+
+def refusal(kind: str, run: dict[str, Any], url: str) -> tuple[str, str | None]:
+    """Why a run in this state does not take a signal, in words, and what can be done instead."""
+    status, run_id, at = run["status"], run["run_id"], url_option(url)
+    refusing, why = _REFUSED_IN[kind]
+    state = "awaits a human" if status == "awaiting_human" else f"is {status}"
+    # It may have moved on since it refused.
+    said = f"Run {run_id} {state}: {why}." if status in refusing else f"Run {run_id} {state} now."
+    lines = list(_lines(run, run_id, at))
+    if status == "done":
+        lines = [f"Its result: flexrun show {run_id}{at}"]
+    return said, "\n".join(lines) or None

@@ -117,8 +117,6 @@ def event_line(event: dict[str, Any]) -> str:
 def _detail(event: dict[str, Any]) -> str:
     data = event["data"]
     match event["type"]:
-        case "RUN_QUEUED":
-            return str(data.get("objective", ""))
         case "PLAN_GENERATED":
             return f"version {data['version']} by {data['author']}, {data['node_count']} nodes"
         case "NODE_START":
@@ -132,13 +130,38 @@ def _detail(event: dict[str, Any]) -> str:
             return f"{data.get('reason', '')} {error_text(data.get('error'))}"
         case "NODE_FAILED" | "RUN_FAILED":
             return error_text(data.get("error"))
-        case "RUN_START" | "RUN_DONE":
-            return ""
         case "VALIDATION_ERROR" | "PLAN_REJECTED":
             faults = data.get("errors") or data.get("diagnostics") or []
             return "; ".join(f"{fault['pointer']} {fault['message']}" for fault in faults)
         case _:
+            return _run_detail(event["type"], data)
+
+
+def _run_detail(event_type: str, data: dict[str, Any]) -> str:
+    """What matters of an event that is about no single node."""
+    match event_type:
+        case "RUN_QUEUED":
+            origin = data.get("resumed_from")
+            resumes = f"resumes {origin['run_id']}: " if origin else ""
+            return f"{resumes}{data.get('objective', '')}"
+        case "RUN_START" | "RUN_DONE":
+            return ""
+        case "RUN_PAUSED" | "RUN_RESUMED" | "RUN_CANCELLED":
+            return _order(data)
+        case "BREAKER_TRIPPED" | "BREAKER_HALF_OPEN" | "BREAKER_CLOSED":
+            return f"{data['scope']}{' in one process only' if data['degraded'] else ''}"
+        case _:
             return as_json(data, indent=None) if data else ""
+
+
+def _order(data: dict[str, Any]) -> str:
+    """Why a run stopped or goes on: the reason, the nodes it is about, who said so and why."""
+    nodes = data.get("nodes") or []
+    told = [f"{n}={said}" for n, said in nodes.items()] if isinstance(nodes, dict) else nodes
+    who = (data.get("operator") or {}).get("id")
+    reason = "" if data.get("reason") == "operator" else data.get("reason", "")
+    said = " ".join(filter(None, (reason, ", ".join(told), f"by {who}" if who else "")))
+    return ": ".join(filter(None, (said, data.get("note"))))
 
 
 # --- results --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`flexrun runs`, `show`, `tail` and `resume`: looking at runs, and answering those that wait."""
+"""`flexrun runs`, `show` and `tail`: looking at runs."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ import typer
 from rich.text import Text
 
 from app.cli.client import DEFAULT_URL, Api, AsJson, Params, Url, pages, path_of
-from app.cli.errors import ExitCode, UsageError
+from app.cli.errors import ExitCode
 from app.cli.follow import Follower, Wanted
-from app.cli.inputs import assignment, json_or_file
-from app.cli.next_steps import url_option
+from app.cli.manifest import manifest
 from app.cli.output import err, out, out_json
 from app.cli.picture import picture_of
 from app.cli.render import RUN_STYLES, event_line, plan_lines, table_lines, tree_lines
-from app.cli.run import print_result
+from app.cli.signals import RunId
+from app.cli.watch import print_result
 
 PAGE = 1_000
 OBJECTIVE_CHARS_MAX = 80
-DECISIONS = ("done", "retry", "fail")
-
-RunId = Annotated[str, typer.Argument(help="Id of the run.", show_default=False)]
 
 
 def runs(
@@ -63,6 +60,12 @@ def show(
     debug: Annotated[
         bool, typer.Option("--debug", help="Everything the service knows, as JSON.")
     ] = False,
+    with_manifest: Annotated[
+        bool,
+        typer.Option(
+            "--manifest", help="What is done, left and failed, with every attempt, as JSON."
+        ),
+    ] = False,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
 ) -> None:
@@ -72,6 +75,9 @@ def show(
             out_json(api.get(path_of("runs", run_id, "debug")))
             return
         run = api.get(path_of("runs", run_id))
+        if with_manifest:
+            out_json(manifest(run, stored_events(api, run_id, Wanted())))
+            return
         if as_json:
             out_json(run)
             return
@@ -81,6 +87,17 @@ def show(
             for event in stored_events(api, run_id, Wanted()):
                 out(event_line(event))
         print_result(run, api.url)
+
+
+def _driver(lease: dict[str, Any]) -> str:
+    """Who drives a running run, and whether that process is alive."""
+    worker = lease["worker"]
+    if worker is None:
+        return "driven by nobody for now: the next free worker takes it over"
+    where = f"{lease['owner']} (pid {worker['pid']} on {worker['host']})"
+    if worker["alive"]:
+        return f"driven by {where}, which is alive"
+    return f"held by {where}, which is gone: another worker takes it over"
 
 
 def _print_run(api: Api, run: dict[str, Any], *, with_plan: bool) -> None:
@@ -95,6 +112,8 @@ def _print_run(api: Api, run: dict[str, Any], *, with_plan: bool) -> None:
     if run["metadata"]["label"]:
         times.append(f"label {run['metadata']['label']}")
     out("  ".join(times))
+    if run["status"] == "running":
+        out(_driver(api.get(path_of("runs", run["run_id"], "debug"))["lease"]))
     plan = None
     if run["plan_version"] is not None and run["nodes"]:
         plan = api.get(path_of("runs", run["run_id"], "plans", str(run["plan_version"])))
@@ -157,45 +176,3 @@ def tail(
                     out(event_line(event))
         except KeyboardInterrupt:
             raise typer.Exit(ExitCode.INTERRUPTED) from None
-
-
-def resume(
-    run_id: RunId,
-    nodes: Annotated[
-        list[str] | None,
-        typer.Option("--node", metavar="NODE=DECISION", help="retry, done or fail; repeatable."),
-    ] = None,
-    outputs: Annotated[
-        list[str] | None,
-        typer.Option("--output", metavar="NODE=@FILE", help="JSON output of a node that is done."),
-    ] = None,
-    note: Annotated[str | None, typer.Option(help="Why, for those who look later.")] = None,
-    operator: Annotated[str | None, typer.Option(metavar="ID", help="Who decides.")] = None,
-    expected_plan_version: Annotated[
-        int | None, typer.Option(min=1, help="Refuse if the plan changed meanwhile.")
-    ] = None,
-    url: Url = DEFAULT_URL,
-) -> None:
-    """Answer a run that awaits a human: one decision for every node that waits."""
-    decisions: dict[str, dict[str, Any]] = {}
-    for text in nodes or ():
-        node_id, _, decision = assignment(text)
-        if decision not in DECISIONS:
-            raise UsageError(f"{text!r}: the decision is one of {', '.join(DECISIONS)}.")
-        decisions[node_id] = {"decision": decision}
-    for text in outputs or ():
-        node_id, _, value = assignment(text)
-        if node_id not in decisions:
-            raise UsageError(f"--output is for {node_id!r}, which has no --node {node_id}=done.")
-        decisions[node_id]["output"] = json_or_file(f"the output of {node_id}", value)
-    body: dict[str, Any] = {"nodes": decisions}
-    if note is not None:
-        body["note"] = note
-    if operator is not None:
-        body["operator"] = {"id": operator}
-    if expected_plan_version is not None:
-        body["expected_plan_version"] = expected_plan_version
-    with Api(url) as api:
-        answer = api.post(path_of("runs", run_id, "resume"), body)
-    out(f"Accepted as signal {answer['signal_id']}.")
-    out(f"Watch it: flexrun tail {run_id} -f{url_option(api.url)}")

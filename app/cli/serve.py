@@ -1,4 +1,4 @@
-"""`flexrun serve`: API and worker in one process, over the embedded Postgres or a given one."""
+"""`flexrun serve`, `api` and `worker`: the processes of the service, over one Postgres."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,37 +18,74 @@ from app.cli.config import DatabaseUrl, DataDir, database_errors, database_of, l
 from app.cli.errors import PORT_IN_USE, CliError, ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from app.settings import Settings
+    from app.settings import Role, Settings
+
+
+Host = Annotated[str | None, typer.Option(help="Address to listen on. [FLEXRUN_HOST, 127.0.0.1]")]
+LogLevel = Annotated[
+    str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR. [FLEXRUN_LOG_LEVEL, INFO]")
+]
+
+
+def _port(default: str) -> Any:
+    return typer.Option("--port", min=0, max=65_535, help=f"0 takes a free one. [{default}]")
 
 
 def serve(
-    host: Annotated[
-        str | None, typer.Option(help="Address to listen on. [FLEXRUN_HOST, 127.0.0.1]")
-    ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(min=0, max=65_535, help="0 takes a free one. [FLEXRUN_PORT, 8000]"),
-    ] = None,
+    host: Host = None,
+    port: Annotated[int | None, _port("FLEXRUN_PORT, 8000")] = None,
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,
-    log_level: Annotated[
-        str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR. [FLEXRUN_LOG_LEVEL, INFO]")
-    ] = None,
+    log_level: LogLevel = None,
 ) -> None:
-    """Run the service. Without DATABASE_URL it starts a Postgres of its own.
+    """Run the service: API and worker in one. Without DATABASE_URL it starts its own Postgres.
 
     Exit code: 0 stopped in order, 2 refused, 3 the database is not ready, 4 the port is taken.
     """
+    given = {"data_dir": data_dir, "database_url": database_url, "log_level": log_level}
+    _serve("serve", host=host, port=port, **given)
+
+
+def api(
+    host: Host = None,
+    port: Annotated[int | None, _port("FLEXRUN_PORT, 8000")] = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Run the API alone: it accepts runs and streams them, and workers drive them.
+
+    Exit codes as of `serve`.
+    """
+    given = {"data_dir": data_dir, "database_url": database_url, "log_level": log_level}
+    _serve("api", host=host, port=port, **given)
+
+
+def worker(
+    host: Host = None,
+    port: Annotated[int | None, _port("FLEXRUN_WORKER_PORT, 8001")] = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Run a worker alone: it claims and drives runs. Its port answers probes and /metrics.
+
+    Exit codes as of `serve`.
+    """
+    given = {"data_dir": data_dir, "database_url": database_url, "log_level": log_level}
+    _serve("worker", host=host, worker_port=port, **given)
+
+
+def _serve(role: Role, **given: Any) -> None:
     way_out = WayOut()
     signal.signal(signal.SIGTERM, way_out)
     signal.signal(signal.SIGINT, way_out)
     # Nothing that a start makes becomes garbage; looking for it would take a sixth of the start.
     gc.disable()
-    settings = load_settings(
-        host=host, port=port, data_dir=data_dir, database_url=database_url, log_level=log_level
-    )
+    settings = load_settings(**given)
     _configure_log(settings)
-    listeners = _listen(settings)
+    port = settings.worker_port if role == "worker" else settings.port
+    listeners = _listen(settings, port)
     with database_errors():
         if settings.database_url is None:
             importlib.import_module("app.store.embedded")
@@ -64,7 +101,7 @@ def serve(
                 from app.cli.upkeep import migrate_database  # noqa: PLC0415 - heavy, see there
 
                 migrate_database(database.dsn)
-            run_service(settings, database, listeners, way_out.end)
+            run_service(settings, database, role, listeners, way_out.end)
 
 
 def _configure_log(settings: Settings) -> None:
@@ -97,11 +134,11 @@ class WayOut:
 # --- the socket -----------------------------------------------------------------------------------
 
 
-def _listen(settings: Settings) -> list[socket.socket]:
+def _listen(settings: Settings, port: int) -> list[socket.socket]:
     """Bind first: a port that is taken, or an address that is not allowed, costs no start."""
     try:
         found = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            settings.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except socket.gaierror as error:
         raise UsageError(f"{settings.host!r} is no address here: {error.strerror}.") from None
@@ -109,7 +146,6 @@ def _listen(settings: Settings) -> list[socket.socket]:
     if not settings.allow_unauthenticated:
         _refuse_public(settings.host, [str(address) for _, address in addresses])
     listeners: list[socket.socket] = []
-    port = settings.port
     for family, address in addresses:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -140,7 +176,7 @@ def _refuse_public(host: str, addresses: list[str]) -> None:
 def _can_not_bind(host: str, port: int, error: OSError) -> CliError:
     if error.errno == errno.EADDRINUSE:
         return CliError(
-            f"Port {port} on {host} is in use, perhaps by another flexrun serve.",
+            f"Port {port} on {host} is in use, perhaps by another flexrun.",
             exit_code=PORT_IN_USE,
             hint="Stop that one, or choose another port: flexrun serve --port 8001 "
             "(--port 0 takes a free one)",

@@ -1,4 +1,4 @@
-"""The service of `flexrun serve` on its listening sockets, until a signal.
+"""A process of the service on its listening sockets, until a signal.
 
 Imports the whole app: `serve.py` does so in a thread, while the database starts.
 """
@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from app.cli.config import DatabaseInUse, masked
 from app.cli.errors import ExitCode
 from app.main import Server, create_app, make_server
-from app.settings import Settings
+from app.settings import Role, Settings
 
 LISTEN_LOOK_S = 0.01
 
@@ -53,6 +53,7 @@ class _StartWatch:
 def run_service(
     settings: Settings,
     database: DatabaseInUse,
+    role: Role,
     listeners: list[socket.socket],
     signals_taken: Callable[[], None],
 ) -> None:
@@ -60,9 +61,9 @@ def run_service(
 
     `signals_taken` is called once uvicorn heeds the signals. Raises why the app did not start.
     """
-    app = create_app(settings, database.dsn, sole_user=database.sole_user)
+    app = create_app(settings, database.dsn, role, sole_user=database.sole_user)
     watch = _StartWatch(app)
-    server = make_server(app, settings)
+    server = make_server(app, settings, role)
 
     async def announce() -> None:
         # This runs once uvicorn waits for something, and by then it has taken the signals.
@@ -74,7 +75,7 @@ def run_service(
         gc.enable()
         if not server.should_exit:
             signal.signal(signal.SIGINT, partial(_interrupted, server))
-            print(_ready_line(settings, listeners[0]), flush=True)
+            print(_ready_line(settings, role, listeners[0]), flush=True)
 
     async def serve_until_signal() -> None:
         announcing = asyncio.create_task(announce())
@@ -100,10 +101,11 @@ def _interrupted(server: Server, sig: int, frame: FrameType | None) -> None:
     server.handle_exit(sig, frame)
 
 
-def _ready_line(settings: Settings, listener: socket.socket) -> str:
+def _ready_line(settings: Settings, role: Role, listener: socket.socket) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     if settings.database_url is None:
         where = f"data in {settings.data_dir}"
     else:
         where = f"database {masked(settings.database_url.get_secret_value())}"
-    return f"Flexrun is ready at http://{host}:{listener.getsockname()[1]} ({where})"
+    what = "Flexrun" if role == "serve" else f"Flexrun {role}"
+    return f"{what} is ready at http://{host}:{listener.getsockname()[1]} ({where})"

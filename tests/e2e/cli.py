@@ -19,7 +19,7 @@ from typing import Any, Self
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "app.cli.main")
 DEADLINE_S = 60.0
-READY = "Flexrun is ready at "
+READY = " is ready at "
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -85,13 +85,13 @@ class Cli:
 
 
 class Serving:
-    """A `flexrun serve` that is ready. Leaves as SIGTERM wants it."""
+    """A `flexrun serve` (or `api`) that is ready. Leaves as SIGTERM wants it."""
 
-    def __init__(self, cli: Cli, *args: str, **env: str) -> None:
+    def __init__(self, cli: Cli, *args: str, command: str = "serve", **env: str) -> None:
         self.log = cli.folder / "serve.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*COMMAND, "serve", *args],
+                [*COMMAND, command, *args],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -101,8 +101,8 @@ class Serving:
             )
         assert self.process.stdout is not None
         self.ready_line = self.process.stdout.readline().strip()
-        assert self.ready_line.startswith(READY), self.log.read_text()
-        self.url = self.ready_line.removeprefix(READY).split(" ")[0]
+        assert READY in self.ready_line, self.log.read_text()
+        self.url = self.ready_line.partition(READY)[2].split(" ")[0]
         self.port = int(self.url.rpartition(":")[2])
 
     def stop(self) -> int:
