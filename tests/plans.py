@@ -8,7 +8,7 @@ from typing import Any
 
 from app.domain.capability import Effect, NodeKind
 from app.domain.decide import Decision, RunLimits, decide
-from app.domain.events import BlockReason, Event, EventType, error_data
+from app.domain.events import BlockReason, Event, EventType, SkipReason, error_data
 from app.domain.plan import Author, OutputSource, Plan, PlanNode, children_of
 from app.domain.run import RunStatus
 from app.domain.state import CapabilityKey, NodeState, RunState, apply
@@ -141,6 +141,18 @@ class Story:
         attempt = self.node(node_id).attempt or None
         body = {"reason": reason, "error": error_data("reset", "The line went dead.")}
         self.add(Event(EventType.NODE_BLOCKED, body, node_id=node_id, attempt=attempt))
+
+    def refuse(self, node_id: str, delay_ms: int) -> None:
+        """The breaker of the node's far side did not let the call through."""
+        body = {"reason": BlockReason.BREAKER_OPEN, "scope": "tool::host", "delay_ms": delay_ms}
+        attempt = self.node(node_id).attempt
+        self.add(Event(EventType.NODE_BLOCKED, body, node_id=node_id, attempt=attempt))
+
+    def skip(self, *node_ids: str) -> None:
+        """The results of these nodes are kept from an earlier run."""
+        for node_id in node_ids:
+            body = {"reason": SkipReason.RESUME, "output": {}}
+            self.add(Event(EventType.NODE_SKIPPED, body, node_id=node_id))
 
     def pause(self, status: RunStatus = RunStatus.AWAITING_HUMAN) -> None:
         self.add(Event(EventType.RUN_PAUSED, {"status": status, "reason": "unknown_outcome"}))

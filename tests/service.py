@@ -13,7 +13,7 @@ import httpx
 
 from app.bootstrap import Services
 from app.main import Server, create_app, make_server
-from app.settings import Settings
+from app.settings import Role, Settings
 from tests.sse import SseEvent, read_stream
 
 
@@ -69,9 +69,11 @@ class RunningService:
 
 
 @asynccontextmanager
-async def running_service(settings: Settings, dsn: str) -> AsyncIterator[RunningService]:
+async def running_service(
+    settings: Settings, dsn: str, role: Role = "serve"
+) -> AsyncIterator[RunningService]:
     """Start the service on a free port and stop it as SIGTERM would."""
-    app = create_app(settings, dsn)
+    app = create_app(settings, dsn, role)
     server = make_server(app, settings.model_copy(update={"port": 0}))
     server.__class__ = _QuietServer
     task = asyncio.create_task(server.serve())

@@ -1,12 +1,12 @@
 """One run in virtual time: the pure core driven as the loop drives it, with everything against it.
 
 A `Scenario` is a plan, the limits of the run and a seed; the seed alone decides how calls end, in
-which order outcomes arrive, what other runs take of the slots, what operators say, and where the
-process dies, so a failing seed is a bug report. A crash keeps any prefix of an append, which is
-harsher than the journal: there an append is atomic. What is durable is kept as bytes.
+which order outcomes arrive, what breakers refuse, what other runs take of the slots, what operators
+say, and where the process dies, so a failing seed is a bug report. A crash keeps any prefix of an
+append, which is harsher than the journal: there an append is atomic. What is durable is kept as
+bytes, and a signal stays open until the append that consumes it is durable as a whole.
 
-`Watch` knows the rules and learns only from events: it checks each one before and after it is
-applied. `Outside` is the far side's own list of calls; no crash reaches it.
+The rules that every event is held against are in `journal_rules.py`.
 """
 
 from __future__ import annotations
@@ -14,26 +14,43 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 from uuid import UUID
 
 import orjson
 
 from app.domain.capability import Effect
-from app.domain.decide import Decision, Failure, RunLimits, decide, judge_failure, recover
+from app.domain.decide import (
+    Decision,
+    Failure,
+    RunLimits,
+    decide,
+    judge_failure,
+    recover,
+    unknown_outcome,
+)
 from app.domain.errors import Fault
-from app.domain.events import TERMINAL_EVENTS, BlockReason, Event, EventType, error_data
+from app.domain.events import (
+    TERMINAL_EVENTS,
+    BlockReason,
+    Event,
+    EventType,
+    SkipReason,
+    error_data,
+)
 from app.domain.plan import Plan, PlanNode
 from app.domain.ready import ready_set
-from app.domain.run import NODE_TRANSITIONS, RUN_TRANSITIONS, NodeStatus, RunStatus
+from app.domain.run import NodeStatus, RunStatus
+from app.domain.signals import Signal, SignalKind, apply_signal, uncertain_nodes
 from app.domain.snapshot import state_as_dict, state_from_dict
 from app.domain.state import CapabilityKey, RunState, apply
 from app.journal.frames import decode_event, encode_body
-from app.orchestrator.signals import Signal, SignalKind, apply_resume
+from tests.journal_rules import FINISHED, Call, Inheritance, Outside, Watch
 from tests.plans import RUN_ID, START_MS, exact, fold, key_of, plan_node, plan_of
 
 TURNS_MAX = 2_000
+WAITS_FOR_HUMAN = (RunStatus.AWAITING_HUMAN, RunStatus.PAUSED)
 CONCURRENCY: dict[str, int | None] = {"free": None, "rare": 1, "scarce": 2}
 FAILURES = {
     failure.code: failure
@@ -55,7 +72,7 @@ FAILURES = {
 
 @dataclass(frozen=True)
 class Scenario:
-    """A run and its troubles: `trouble` is the chance of a call, the others are those of a turn."""
+    """A run and its troubles: `trouble` and `refusal` are chances of a call, others of a turn."""
 
     plan: Plan
     seed: int
@@ -66,6 +83,9 @@ class Scenario:
     crash: float = 0.05
     foreign: float = 0.3
     cancel: float = 0.0
+    pause: float = 0.0
+    refusal: float = 0.0
+    inherits: Inheritance | None = None
 
 
 def random_scenario(seed: int) -> Scenario:
@@ -96,216 +116,9 @@ def random_scenario(seed: int) -> Scenario:
         crash=rng.choice([0.0, 0.05, 0.3]),
         foreign=rng.choice([0.0, 0.5]),
         cancel=rng.choice([0.0, 0.0, 0.05]),
+        pause=rng.choice([0.0, 0.1, 0.3]),
+        refusal=rng.choice([0.0, 0.0, 0.3]),
     )
-
-
-@dataclass
-class Call:
-    """One call under way. `failure` None: it will return an output."""
-
-    node: PlanNode
-    attempt: int
-    round: int
-    ends_at: int
-    failure: Failure | None
-
-
-@dataclass
-class Outside:
-    """Every call that ever reached the far side, and those that had or may have had an effect."""
-
-    calls: Counter[tuple[str, int]] = field(default_factory=Counter)
-    effects: Counter[tuple[str, int]] = field(default_factory=Counter)
-
-    def called(self, call: Call) -> None:
-        self.calls[call.node.id, call.attempt] += 1
-        if call.failure is None or call.failure.unknown_outcome:
-            self.effects[call.node.id, call.round] += 1
-
-    def check(self, plan: Plan, crashes: int) -> None:
-        for (node_id, attempt), count in self.calls.items():
-            once = plan.nodes[node_id].effect is Effect.AT_MOST_ONCE
-            allowed = 1 if once else 1 + crashes
-            assert count <= allowed, f"{node_id} attempt {attempt} was called {count} times"
-        for (node_id, number), count in self.effects.items():
-            if plan.nodes[node_id].effect is Effect.AT_MOST_ONCE:
-                assert count == 1, f"{node_id} may have happened {count} times in round {number}"
-
-
-class Watch:
-    """The rules of a journal, kept in the plainest way: sets of ids, recounted at every event."""
-
-    def __init__(self, scenario: Scenario, seen: Counter[str]) -> None:
-        self.scenario = scenario
-        self.plan = scenario.plan
-        self.seen = seen
-        self.seq = 0
-        self.ended = False
-        self.status: dict[str, NodeStatus] = {}
-        self.attempt: Counter[str] = Counter()
-        self.round: dict[str, int] = {}
-        self.starts: Counter[tuple[str, int]] = Counter()
-        self.given_up: Counter[str] = Counter()
-        self.queued_at = 0
-        self.paused_at: int | None = None
-        self.paused_ms = 0
-
-    @property
-    def deadline(self) -> int | None:
-        limit = self.scenario.deadline_ms
-        return None if limit is None else self.queued_at + limit + self.paused_ms
-
-    def apply(self, state: RunState, event: Event) -> None:
-        """Fold the event into the state, between the checks before and after."""
-        assert not self.ended, f"{event.type} after the end"
-        assert event.seq == self.seq + 1
-        self.seq = event.seq
-        self.seen[event.type] += 1
-        run_before = state.status
-        nodes_before = {node_id: node.status for node_id, node in state.nodes.items()}
-        if event.type is EventType.NODE_START:
-            self._may_start(event)
-        apply(state, event)
-        self._learn(event, state)
-        if state.status is not run_before:
-            assert state.status in RUN_TRANSITIONS[run_before], (run_before, state.status)
-        for node_id, before in nodes_before.items():
-            after = state.nodes[node_id].status
-            if after is not before:
-                assert node_id == event.node_id, f"{event.type} changed {node_id}"
-                assert after in NODE_TRANSITIONS[before], (node_id, before, after)
-                self.seen[f"{before} to {after}"] += 1
-        self._recount(state)
-
-    def _may_start(self, event: Event) -> None:
-        node = self.plan.nodes[event.node_id or ""]
-        assert all(self.status[required] is NodeStatus.DONE for required in node.requires)
-        assert self.status[node.id] is NodeStatus.PENDING
-        running = [i for i, status in self.status.items() if status is NodeStatus.RUNNING]
-        assert len(running) < self.scenario.max_parallel
-        if node.concurrency is not None:
-            same = [i for i in running if key_of(self.plan.nodes[i]) == key_of(node)]
-            assert len(same) < node.concurrency
-        assert event.attempt == self.attempt[node.id] + 1
-        self.attempt[node.id] += 1
-        number = self.round[node.id]
-        assert event.data.get("round", 1) == number
-        self.starts[node.id, number] += 1
-        assert self.starts[node.id, number] <= node.max_attempts
-        assert self.deadline is None or event.ts < self.deadline
-
-    def _learn(self, event: Event, state: RunState) -> None:
-        match event.type:
-            case EventType.RUN_QUEUED:
-                self.queued_at = event.ts
-            case EventType.PLAN_GENERATED:
-                self.status = dict.fromkeys(self.plan.nodes, NodeStatus.PENDING)
-                self.round = dict.fromkeys(self.plan.nodes, 1)
-            case EventType.RUN_PAUSED:
-                self.paused_at = event.ts
-            case EventType.RUN_RESUMED:
-                assert self.paused_at is not None
-                self.paused_ms += event.ts - self.paused_at
-                self.paused_at = None
-        self.ended = event.type in TERMINAL_EVENTS
-        assert state.status.is_terminal is self.ended
-        if event.node_id is not None:
-            self._learn_node(event, event.node_id)
-
-    def _learn_node(self, event: Event, node_id: str) -> None:
-        match event.type:
-            case EventType.NODE_START:
-                self.status[node_id] = NodeStatus.RUNNING
-            case EventType.NODE_DONE:
-                self.status[node_id] = NodeStatus.DONE
-            case EventType.NODE_FAILED:
-                self.status[node_id] = NodeStatus.FAILED
-            case EventType.NODE_RETRY:
-                self.status[node_id] = NodeStatus.PENDING
-                self.round[node_id] = event.data.get("round", self.round[node_id])
-            case EventType.NODE_BLOCKED:
-                self.status[node_id] = NodeStatus.BLOCKED
-                if event.data["reason"] == BlockReason.DEPENDENCY_FAILED:
-                    self.given_up[node_id] += 1
-                    assert self.given_up[node_id] == 1, f"{node_id} was blocked twice"
-                    assert self._lost(node_id), f"{node_id} depends on no failed node"
-
-    def _lost(self, node_id: str) -> bool:
-        """Whether the node is right below one that failed or was given up."""
-        return any(
-            self.status[required] is NodeStatus.FAILED or self.given_up[required]
-            for required in self.plan.nodes[node_id].requires
-        )
-
-    def _recount(self, state: RunState) -> None:
-        """What `apply` counts along is what a look at the whole plan says."""
-        nodes = state.nodes
-        assert {node_id: node.status for node_id, node in nodes.items()} == self.status
-        assert all(nodes[node_id].round == number for node_id, number in self.round.items())
-        pending = {i for i, status in self.status.items() if status is NodeStatus.PENDING}
-        unmet = {
-            node_id: sum(
-                self.status[required] is not NodeStatus.DONE
-                for required in self.plan.nodes[node_id].requires
-            )
-            for node_id in self.status
-        }
-        assert {node_id: node.unmet for node_id, node in nodes.items()} == unmet
-        waiting = {i: at for i, node in nodes.items() if (at := node.retry_at) is not None}
-        assert state.waiting == waiting
-        assert waiting.keys() <= pending
-        ready = ready_set(state)
-        assert len(ready) == len(set(ready))
-        assert set(ready) == {i for i in pending if unmet[i] == 0 and i not in waiting}
-        assert set(state.to_block) == {i for i in pending if self._lost(i)}
-        for queue, status in (
-            (state.running, NodeStatus.RUNNING),
-            (state.failed, NodeStatus.FAILED),
-            (state.blocked, NodeStatus.BLOCKED),
-        ):
-            assert set(queue) == {i for i, found in self.status.items() if found is status}
-        assert state.done_count == list(self.status.values()).count(NodeStatus.DONE)
-        for key, limited in state.ready_limited.items():
-            assert limited, f"an empty queue of {key} is left"
-            assert all(key_of(self.plan.nodes[node_id]) == key for node_id in limited)
-        assert state.paused_ms == self.paused_ms
-        assert state.paused_at == self.paused_at
-
-    def check_end(self, state: RunState) -> None:
-        """What a run that is finished, or waits for a human, must have come to."""
-        below_failed, below_unknown = set[str](), set[str]()
-        for node in self.plan.nodes.values():
-            for found, reason in (
-                (below_failed, NodeStatus.FAILED),
-                (below_unknown, NodeStatus.BLOCKED),
-            ):
-                if any(
-                    required in found
-                    or (self.status.get(required) is reason and not self.given_up[required])
-                    for required in node.requires
-                ):
-                    found.add(node.id)
-        if state.status is RunStatus.DONE:
-            assert set(self.status.values()) <= {NodeStatus.DONE}
-        elif state.status is RunStatus.AWAITING_HUMAN:
-            assert state.unknown_outcomes()
-            assert not state.failed
-        self._check_nodes(state, below_failed, below_unknown)
-
-    def _check_nodes(
-        self, state: RunState, below_failed: set[str], below_unknown: set[str]
-    ) -> None:
-        """Everything that could go on went on; what is lost was said to be lost, once."""
-        for node_id, status in self.status.items():
-            if node_id in below_failed:
-                assert status is NodeStatus.BLOCKED
-                assert self.given_up[node_id] == 1
-            elif node_id in below_unknown:
-                assert status is NodeStatus.PENDING
-            elif status is NodeStatus.BLOCKED:
-                assert state.nodes[node_id].reason == BlockReason.UNKNOWN_OUTCOME
-            else:
-                assert status in (NodeStatus.DONE, NodeStatus.FAILED)
 
 
 class _Crash(Exception):
@@ -327,33 +140,39 @@ class Simulation:
         self.orders_left = 4
         self.durable: list[bytes] = []
         self.last_ts = 0
+        self.signals: list[Signal] = []
+        self.lives = 0
         self._begin()
+        if scenario.inherits is not None:
+            self._accept(scenario.inherits)
 
     def _begin(self) -> None:
         """A new process: it knows nothing but the plan rows."""
+        self.lives += 1
         self.state = RunState(RUN_ID, self.plans)
-        self.watch = Watch(self.scenario, self.seen)
+        scenario = self.scenario
+        self.watch = Watch(self.plan, scenario.max_parallel, scenario.deadline_ms, self.seen)
         self.snapshots: list[bytes] = []
         self.calls: list[Call] = []
         self.arrived: list[Call] = []
         self.recall: list[str] = []
         self.opening: list[Event] = []
-        self.signals: list[Signal] = []
         self.foreign: Counter[CapabilityKey] = Counter()
 
     # The loop
 
     def run(self) -> Simulation:
         """Drive the run to where it can not go on by itself, then check the whole of it."""
-        self.opening = self._take_up()
+        self.opening = self._take_up(was_lost=False)
         for _ in range(TURNS_MAX):
             try:
-                if self.state.status is RunStatus.AWAITING_HUMAN and not self._operator_comes():
+                self._operators_interfere()
+                if self._is_parked and not self._signalled():
                     break
                 wake_at = self._turn()
                 if self.state.status.is_terminal:
                     break
-                if self.state.status is RunStatus.RUNNING:
+                if not self._is_parked:
                     self._wait(wake_at)
             except _Crash:
                 self._restart()
@@ -362,19 +181,27 @@ class Simulation:
         self._check_all()
         return self
 
+    @property
+    def _is_parked(self) -> bool:
+        """Nobody drives the run: it waits for a human, and no call is under way."""
+        return self.state.status in WAITS_FOR_HUMAN and not self.calls and not self.arrived
+
     def _turn(self) -> int | None:
         """One pass of the loop: take, apply, decide, record, perform. Says when to wake."""
         step: list[Event] = []
         self._note(step, self.opening)
         self.opening = []
-        arrived, self.arrived = self.arrived, []
-        for call in arrived:
-            self._note(step, self._outcome(call))
-        signals, self.signals = self.signals, []
-        for signal in signals:
-            self._note(step, self._consume(signal))
+        items: list[Call | Signal] = [*self.arrived, *self.signals]
+        self.arrived = []
+        self.rng.shuffle(items)
+        for item in items:
+            if isinstance(item, Signal):
+                self._note(step, self._consume(item))
+            elif not self.state.status.is_terminal:
+                self._note(step, self._outcome(item))
         to_call, wake_at = self._decide(step)
         self._record(step)
+        self.signals = []
         for node_id in to_call:
             self._perform(node_id)
         self._crash_maybe("after the calls")
@@ -385,9 +212,6 @@ class Simulation:
             return [], None
         if self.state.plan is None:
             self._note(step, [self._plan_generated()])
-        if self.rng.random() < self.scenario.cancel:
-            self._note(step, [Event(EventType.RUN_CANCELLED, {"by": "an operator"})])
-            return [], None
         to_call, self.recall = self.recall, []
         free = self._free_slots()
         limits = RunLimits(self.scenario.max_parallel, self.scenario.deadline_ms, free)
@@ -445,9 +269,6 @@ class Simulation:
             self.now = wake_at + self.rng.choice([0, 0, 7])
         self.arrived = [call for call in self.calls if call.ends_at <= self.now]
         self.calls = [call for call in self.calls if call.ends_at > self.now]
-        self.rng.shuffle(self.arrived)
-        if self.rng.random() < 0.05:
-            self.signals.append(self._signal({}, self.state.seq))
 
     def _wait_for_slots(self) -> None:
         """Nothing of our own is under way: only slots that others hold may explain that."""
@@ -469,7 +290,10 @@ class Simulation:
         assert node_id not in [call.node.id for call in self.calls]
         ends_at = self.now + self.rng.choice([0, 1, 10, 100])
         call = Call(node, state.attempt, state.round, ends_at, self._failure())
-        self.outside.called(call)
+        if self.rng.random() < self.scenario.refusal:
+            call.refused_ms = self.rng.choice([1, 20, 500])
+        else:
+            self.outside.called(call)
         self.calls.append(call)
 
     def _failure(self) -> Failure | None:
@@ -482,14 +306,21 @@ class Simulation:
     def _outcome(self, call: Call) -> list[Event]:
         node = self.state.nodes[call.node.id]
         assert (node.attempt, node.round) == (call.attempt, call.round)
+        if call.refused_ms is not None:
+            data = {"reason": BlockReason.BREAKER_OPEN, "delay_ms": call.refused_ms}
+            return [Event(EventType.NODE_BLOCKED, data, node_id=call.node.id, attempt=call.attempt)]
         if call.failure is not None:
-            return judge_failure(call.node, node, call.failure)
+            events = judge_failure(call.node, node, call.failure)
+            if call.failure.retryable and events[-1].type is EventType.NODE_FAILED:
+                tries = self.watch.starts[call.node.id, call.round]
+                assert tries == call.node.max_attempts, f"{call.node.id} gave up after {tries}"
+            return events
         data = {"output": {"from": call.node.id}, "duration_ms": 1.5}
         done = Event(EventType.NODE_DONE, data, node_id=call.node.id, attempt=call.attempt)
         return [Event(EventType.LOG, {"text": "soon"}, node_id=call.node.id), done]
 
     def _complete(self) -> list[Event]:
-        if self.rng.random() < 0.9:
+        if not self.scenario.trouble or self.rng.random() < 0.9:
             return [Event(EventType.RUN_DONE, {"output": {}})]
         error = error_data("invalid_output", "The output breaks the run's contract.")
         return [
@@ -550,13 +381,38 @@ class Simulation:
 
     # Operators
 
-    def _operator_comes(self) -> bool:
-        """Leave a signal for the run that waits, unless the operator went home."""
-        if self.rng.random() < 0.1:
-            self.seen["nobody came"] += 1
-            return False
-        self.now += self.rng.choice([0, 30, 5_000])
-        paused_seq = self.state.seq
+    def _operators_interfere(self) -> None:
+        """Orders come at any time, whether they fit or not, and sometimes twice."""
+        for kind, chance in (
+            (SignalKind.CANCEL, self.scenario.cancel),
+            (SignalKind.PAUSE, self.scenario.pause),
+            (SignalKind.RESUME, 0.05),
+        ):
+            if self.rng.random() < chance:
+                for _ in range(self.rng.choice([1, 1, 2])):
+                    self._send(kind, paused_seq=self.state.paused_seq or 0)
+
+    def _send(self, kind: SignalKind, **body: Any) -> None:
+        signal_id = UUID(int=self.rng.getrandbits(128))
+        self.signals.append(Signal(signal_id, UUID(int=1), kind, {"operator": "ada", **body}))
+
+    def _signalled(self) -> bool:
+        """A signal brings a parked run back, in another process; False: the operator went home."""
+        if not self.signals:
+            if self.rng.random() < 0.1:
+                self.seen["nobody came"] += 1
+                return False
+            self.now += self.rng.choice([0, 30, 5_000])
+            self._operator_answers()
+        self._begin()
+        self._replay()
+        self.opening = self._take_up(was_lost=False)
+        return True
+
+    def _operator_answers(self) -> None:
+        """What becomes of the nodes that wait; sometimes late, or about the wrong node."""
+        assert self.state.paused_seq is not None
+        paused_seq = self.state.paused_seq
         nodes: dict[str, dict[str, Any]] = {}
         for node_id in self.state.unknown_outcomes():
             decision = self.rng.choice(["done", "retry", "fail", "nothing"])
@@ -570,25 +426,27 @@ class Simulation:
             paused_seq -= 1
         elif fault < 0.1:
             nodes[self.rng.choice(list(self.plan.nodes))] = {"decision": "retry"}
-        self.signals.append(self._signal(nodes, paused_seq))
-        return True
-
-    def _signal(self, nodes: dict[str, dict[str, Any]], paused_seq: int) -> Signal:
-        body = {"nodes": nodes, "paused_seq": paused_seq, "operator": "ada"}
-        return Signal(UUID(int=self.rng.getrandbits(128)), SignalKind.RESUME, body)
+        self._send(SignalKind.RESUME, nodes=nodes, paused_seq=paused_seq)
 
     def _consume(self, signal: Signal) -> list[Event]:
         before = self.state.status
-        events, outputs, outcome = apply_resume(self.state, signal)
-        self.seen[outcome.split(":")[0]] += 1
+        applied = apply_signal(self.state, signal)
+        events, outcome = applied.events, applied.outcome
+        self.seen[f"{signal.kind} {outcome.split(':')[0]}"] += 1
         assert (outcome == "applied") is bool(events)
-        if before is not RunStatus.AWAITING_HUMAN or signal.body["paused_seq"] != self.state.seq:
-            assert events == []
+        match signal.kind:
+            case SignalKind.CANCEL:
+                assert bool(events) is not before.is_terminal
+            case SignalKind.PAUSE:
+                assert bool(events) is (before is RunStatus.RUNNING)
+            case SignalKind.RESUME if events:
+                assert before in WAITS_FOR_HUMAN
+                assert signal.body["paused_seq"] == self.watch.paused_seq
         done = {e.node_id for e in events if e.type is EventType.NODE_DONE}
-        assert set(outputs) == done
+        assert set(applied.outputs) == done
         return events
 
-    # Crashes
+    # Other processes
 
     def _restart(self) -> None:
         """The process is gone; another one, with a clock of its own, folds what is durable."""
@@ -596,22 +454,56 @@ class Simulation:
         self.now += self.rng.choice([-40, 0, 10, 1_000])
         lost = self.state.running
         self._begin()
+        self._replay()
+        self.seen["recovered with calls under way"] += bool(lost)
+        self.opening = self._take_up(was_lost=True)
+
+    def _replay(self) -> None:
         for body in self.durable:
             self._apply(decode_event(body))
         self.last_ts = self.state.last_ts
-        self.seen["recovered with calls under way"] += bool(lost)
-        self.opening = self._take_up()
 
-    def _take_up(self) -> list[Event]:
+    def _take_up(self, *, was_lost: bool) -> list[Event]:
+        """What the journal must say first: nothing when the run was parked and nothing was lost."""
         if not self.durable:
             return [Event(EventType.RUN_QUEUED, {}), *self._started()]
         if self.state.status is RunStatus.QUEUED:
             return self._started()
-        if self.state.status is not RunStatus.RUNNING:
+        if self.state.status.is_terminal:
             return []
         events, self.recall = recover(self.state)
         self._check_recovery(events)
+        if not was_lost and self.state.status is not RunStatus.RUNNING:
+            self.seen["went on with calls of before the pause"] += bool(self.recall)
+            if not events and not self.recall:
+                return []
         return [Event(EventType.RUN_RECOVERED, {"called_again": self.recall}), *events]
+
+    def _accept(self, inherits: Inheritance) -> None:
+        """The first append of a successor, which is durable before anybody drives it."""
+        error = error_data("unknown_outcome", "The earlier run does not know how the call ended.")
+        skipped = {"reason": SkipReason.RESUME, "output": {}}
+        step: list[Event] = []
+        self._note(step, [Event(EventType.RUN_QUEUED, {}), self._plan_generated()])
+        self._note(
+            step, [Event(EventType.NODE_SKIPPED, dict(skipped), node_id=i) for i in inherits.kept]
+        )
+        self._note(step, [unknown_outcome(node_id, 1, error) for node_id in inherits.uncertain])
+        self.durable = [encode_body(event, RUN_ID, "") for event in step]
+
+    def successor(self, seed: int) -> Simulation:
+        """The run that goes on where this one failed or was cancelled."""
+        inherits = Inheritance(
+            kept=tuple(i for i, node in self.state.nodes.items() if node.done_seq is not None),
+            uncertain=tuple(uncertain_nodes(self.state)),
+        )
+        for node_id, number in self.outside.effects:
+            node = self.state.nodes[node_id]
+            is_once = self.plan.nodes[node_id].effect is Effect.AT_MOST_ONCE
+            is_open = node.status not in (*FINISHED, NodeStatus.FAILED)
+            if is_once and is_open and node.round == number:
+                assert node_id in inherits.uncertain, f"{node_id} may have happened"
+        return Simulation(replace(self.scenario, seed=seed, inherits=inherits))
 
     def _check_recovery(self, events: list[Event]) -> None:
         """Every intent without a result is called again, or given to a human: never both."""
@@ -624,6 +516,8 @@ class Simulation:
 
     def _started(self) -> list[Event]:
         started = [Event(EventType.RUN_START, {})]
+        if self.state.plan is not None:
+            return started
         return [*started, self._plan_generated()] if self.rng.random() < 0.8 else started
 
     def _plan_generated(self) -> Event:
@@ -638,12 +532,13 @@ class Simulation:
         assert [event.seq for event in events] == list(range(1, len(events) + 1))
         terminal = [event for event in events if event.type in TERMINAL_EVENTS]
         assert terminal == ([events[-1]] if self.state.status.is_terminal else [])
-        cut_short = self.state.status is RunStatus.CANCELLED or (
+        assert self.signals == [], "a signal was never judged"
+        cut_short = self.state.status in (RunStatus.CANCELLED, RunStatus.PAUSED) or (
             bool(terminal) and terminal[0].data.get("error", {}).get("code") == "deadline_exceeded"
         )
         if not cut_short:
             self.watch.check_end(self.state)
-        self.outside.check(self.plan, self.crashes)
+        self.outside.check(self.plan, self.lives, self.scenario.inherits or Inheritance())
         assert exact(fold(self.plans, events)) == exact(self.state)
 
     def check_snapshots(self, every: Callable[[int], bool] = lambda k: True) -> None:

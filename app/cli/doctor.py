@@ -175,12 +175,13 @@ def _durability(facts: dict[str, Any], settings: Settings) -> Check:
 
 def _schema(facts: dict[str, Any], settings: Settings) -> Iterator[Check]:
     revision, head = facts["revision"], facts["head"]
-    if revision != head:
+    if facts["is_behind"]:
         detail = f"at revision {revision or 'empty'}, this version needs {head}"
         is_ours = settings.database_url is None
         yield Check("schema", detail, not is_ours, f"{MIGRATE}{' (or serve)' if is_ours else ''}")
         return
-    yield Check("schema", f"at revision {revision}, the newest")
+    newest = "the newest" if revision == head else f"newer than this version's {head}"
+    yield Check("schema", f"at revision {revision}, {newest}")
     days = facts["days"]
     todo = None if days else "The service makes them at start and every hour."
     yield Check("partitions", f"{days} days ahead", todo=todo)
@@ -199,6 +200,10 @@ def _service(url: str) -> Check:
         return Check("service", error.message, True, error.hint)
     if ready.get("status") == "ok":
         return Check("service", f"ready at {url}")
+    if ready.get("status") == "degraded":
+        detail = f"ready at {url}, without Redis"
+        todo = "Runs go on; breakers are each process's own. Is Redis up, and REDIS_URL right?"
+        return Check("service", detail, todo=todo)
     bad = {n: check for n, check in ready.get("checks", {}).items() if not check.get("ok")}
     detail = f"at {url}, but not ready: {as_json(bad, indent=None)}"
     return Check("service", detail, True, "Its log on stderr says more.")

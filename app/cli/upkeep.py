@@ -25,10 +25,10 @@ async def _migrate(dsn: str) -> tuple[str | None, str]:
         before = await migrate.current_revision(database)
     finally:
         await database.close()
-    head = migrate.head_revision()
-    if before != head:
-        await migrate.migrate(dsn)
-    return before, head
+    if not migrate.is_behind(before):
+        return before, before or ""
+    await migrate.migrate(dsn)
+    return before, migrate.head_revision()
 
 
 def prune_database(dsn: str, before: date, *, dry_run: bool) -> list[partitions.Pruned]:
@@ -39,10 +39,11 @@ def prune_database(dsn: str, before: date, *, dry_run: bool) -> list[partitions.
 async def _prune(dsn: str, before: date, *, dry_run: bool) -> list[partitions.Pruned]:
     database = await Database.open(dsn)
     try:
-        revision, head = await migrate.current_revision(database), migrate.head_revision()
-        if revision != head:
+        revision = await migrate.current_revision(database)
+        if migrate.is_behind(revision):
             raise CliError(
-                f"The database is at revision {revision or 'empty'}, this version needs {head}.",
+                f"The database is at revision {revision or 'empty'}, this version needs "
+                f"{migrate.head_revision()}.",
                 exit_code=ExitCode.UNREACHABLE,
                 hint="First: flexrun migrate",
             )
@@ -63,6 +64,7 @@ async def _facts(dsn: str) -> dict[str, Any]:
             facts = await server_facts(connection)
         facts["revision"] = await migrate.current_revision(database)
         facts["head"] = migrate.head_revision()
+        facts["is_behind"] = migrate.is_behind(facts["revision"])
         facts["days"] = await partitions.days_prepared(database, datetime.now(UTC).date())
         return facts
     finally:

@@ -54,13 +54,7 @@ def apply_signal(state: RunState, signal: Signal) -> Applied:
     """The consequences of a signal in this state. Nothing is changed here."""
     if state.status.is_terminal:
         return Applied(f"discarded: the run is {state.status}")
-    match signal.kind:
-        case SignalKind.CANCEL:
-            return _cancel(state, signal)
-        case SignalKind.PAUSE:
-            return _pause(state, signal)
-        case SignalKind.RESUME:
-            return _resume(state, signal)
+    return _APPLIED_BY[signal.kind](state, signal)
 
 
 def uncertain_nodes(state: RunState) -> list[str]:
@@ -157,3 +151,5 @@ _DECIDED_AS = {
     NodeDecision.RETRY: (EventType.NODE_RETRY, Level.INFO),
     NodeDecision.FAIL: (EventType.NODE_FAILED, Level.ERROR),
 }
+
+_APPLIED_BY = {SignalKind.CANCEL: _cancel, SignalKind.PAUSE: _pause, SignalKind.RESUME: _resume}

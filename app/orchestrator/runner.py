@@ -47,9 +47,12 @@ class Runner:
         return run_id in self._driven
 
     def start(self, run: DrivenRun) -> None:
-        """Drive the run in a task of its own."""
+        """Drive the run in a task of its own.
+
+        One that was handed off stays so until it ends: before its first append it is still queued,
+        and the worker of this very process could claim it away.
+        """
         run_id = run.handle.run_id
-        self.handed_off.discard(run_id)
         if (earlier := self._driven.get(run_id)) is not None:
             earlier[1].cancel()  # of an older epoch: somebody else held the run in between
         task = asyncio.create_task(drive_run(run, self.drive))
@@ -92,8 +95,8 @@ class Runner:
             self.handed_off.discard(run_id)
         while self._backlog and self.room > 0:
             waiting_id, make = self._backlog.popleft()
-            if waiting_id in self.handed_off:  # else it was claimed in the meantime
-                self.start(make())
+            if waiting_id in self.handed_off and waiting_id not in self._driven:
+                self.start(make())  # else it was claimed or started in the meantime
         if was_full and self.room > 0:
             self.on_free()
 

@@ -9,7 +9,6 @@ the same Idempotency-Key, reconnect with Last-Event-ID, and log every frame.
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -229,9 +228,10 @@ async def test_killed_later_in_the_run(point: str, nth: int, dsn: str, tool: Too
 
 
 async def test_killed_again_and_again(dsn: str, tool: Tool) -> None:
-    """A service that dies in every life gets there all the same: each life moves the runs on."""
+    """A service that dies twice in a row, early, gets there all the same. A third time without any
+    progress in between would make its runs poison."""
     client = Client(dsn, tool)
-    for point in itertools.islice(itertools.cycle(["drive.after_record", "call.inline_after"]), 5):
+    for point in ("drive.after_record", "call.inline_after"):
         if await client.start(failpoint=f"{point}:2"):
             try:
                 await client.register()
@@ -240,6 +240,4 @@ async def test_killed_again_and_again(dsn: str, tool: Tool) -> None:
                 pass
         assert client.service is not None
         assert await client.service.wait_dead() == -9
-    assert await client.start(failpoint="drive.after_record:1")
-    await asyncio.gather(client.work(), return_exceptions=True)
-    await _prove(client, "drive.after_record:1")
+    await _prove(client, "call.inline_after:2")

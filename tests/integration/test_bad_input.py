@@ -95,6 +95,9 @@ JSON_ROUTES = (
     "/v1/capabilities",
     "/v1/facets",
     "/v1/contracts/compile",
+    "/v1/runs/find",
+    f"/v1/runs/{NO_RUN}/cancel",
+    f"/v1/runs/{NO_RUN}/pause",
     f"/v1/runs/{NO_RUN}/resume",
 )
 

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import jsonschema_rs
@@ -41,6 +42,7 @@ from tests.tools import (
     fail_once,
     hang_up,
     http_capability,
+    respond,
     running_tool,
 )
 
@@ -54,7 +56,7 @@ UNSAID = {405, 408, 500}
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def service(postgres_dsn: str) -> AsyncIterator[RunningService]:
-    async with shared_service(postgres_dsn) as service:
+    async with shared_service(postgres_dsn, cb_threshold=2, cb_cooldown_s=0.2) as service:
         yield service
 
 
@@ -62,6 +64,14 @@ async def service(postgres_dsn: str) -> AsyncIterator[RunningService]:
 async def document(service: RunningService) -> dict[str, Any]:
     found: dict[str, Any] = (await service.client.get("/openapi.json")).json()
     return found
+
+
+async def fail_twice(tool: Tool, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    """503 until it was called twice, then 200."""
+    if len(tool.calls(body["run_id"], body["node_id"])) <= 2:
+        respond(writer, 503, {"detail": "not yet"})
+    else:
+        await answer(tool, body, writer)
 
 
 class Witness:
@@ -111,7 +121,9 @@ class Witness:
                 self._validate({"$ref": "#/components/schemas/Event"}, event.json)
                 self.event_types.add(event.event)
         else:
-            self._validate(content[media_type]["schema"], response.json())
+            is_json = media_type.endswith("json")
+            value = response.json() if is_json else response.text
+            self._validate(content[media_type]["schema"], value)
 
     def _validate(self, schema: dict[str, Any], value: Any) -> None:
         key = json.dumps(schema, sort_keys=True)
@@ -132,12 +144,14 @@ async def test_every_route_answers_what_is_documented(
 ) -> None:
     witness = Witness(service.client, document)
     async with running_tool(
-        answer=answer, gated=answer_at_gate, fail=fail_once, cut=hang_up
+        answer=answer, gated=answer_at_gate, fail=fail_once, cut=hang_up, down=fail_twice
     ) as tool:
         await _ask_the_registry(witness, tool)
         run_id = await _ask_runs(witness)
         await _ask_about(witness, run_id)
         await _ask_for_every_event(service, witness, tool)
+        await _give_orders(service, witness, tool)
+        await _ask_breakers(witness)
     await _ask_probes(witness)
 
     documented = {
@@ -148,7 +162,7 @@ async def test_every_route_answers_what_is_documented(
     }
     missing = {entry for entry in documented - witness.seen if not entry[2].startswith("5")}
     assert missing == set()
-    assert witness.event_types == {*EventType} - {"RUN_RECOVERED", "RUN_CANCELLED", "LOG"}
+    assert witness.event_types == {*EventType} - {"RUN_RECOVERED", "LOG"}
 
 
 async def _ask_the_registry(witness: Witness, tool: Tool) -> None:
@@ -199,7 +213,8 @@ async def _ask_runs(witness: Witness) -> str:
     await witness.get("/v1/runs", 422, params={"status": "?"})
     for path in (
         *("/v1/runs", "/v1/plans/preview", "/v1/facets", "/v1/capabilities"),
-        *("/v1/contracts/compile", f"/v1/runs/{NO_RUN}/resume"),
+        *("/v1/contracts/compile", "/v1/runs/find", f"/v1/runs/{NO_RUN}/resume"),
+        *(f"/v1/runs/{NO_RUN}/cancel", f"/v1/runs/{NO_RUN}/pause"),
     ):
         json_type = {"Content-Type": "application/json"}
         await witness.ask("POST", path, 400, content=b"{", headers=json_type)
@@ -222,8 +237,10 @@ async def _ask_about(witness: Witness, run_id: str) -> None:
     await witness.get(f"{base}/events", 400, headers={**SSE, "Last-Event-ID": "x"})
     for path in ("", "/plans", "/debug", "/events"):
         await witness.get(f"/v1/runs/{NO_RUN}{path}", 404)
-    await witness.post(f"{base}/resume", {}, 409)
-    await witness.post(f"/v1/runs/{NO_RUN}/resume", {}, 404)
+    for order in ("cancel", "pause", "resume"):
+        await witness.post(f"{base}/{order}", {}, 409)
+        await witness.post(f"/v1/runs/{NO_RUN}/{order}", {}, 404)
+        await witness.post(f"{base}/{order}", {"note": 1}, 422)
 
 
 async def _ask_for_every_event(service: RunningService, witness: Witness, tool: Tool) -> None:
@@ -232,6 +249,7 @@ async def _ask_for_every_event(service: RunningService, witness: Witness, tool: 
         http_capability(tool, "gated", "pure"),
         http_capability(tool, "fail", "idempotent"),
         http_capability(tool, "cut", "at_most_once"),
+        http_capability(tool, "down", "idempotent"),
     )
     shape = {"type": "object", "properties": {"B": {"type": "string"}}, "required": ["B"]}
     contract = {"mode": "json_schema", "schema": shape}
@@ -239,6 +257,7 @@ async def _ask_for_every_event(service: RunningService, witness: Witness, tool: 
     document = {"text": "# Release\n\nVersion 2.1 ships on 2026-03-01.\n"}
     for envelope in (
         graph(echo_node("A", capability="test.fail")),
+        graph(echo_node("A", capability="test.down")),
         graph(
             echo_node("A"),
             echo_node("B", "A", inputs={"x": {"from": "A", "pointer": "/none"}}),
@@ -274,14 +293,60 @@ async def _ask_for_every_event(service: RunningService, witness: Witness, tool: 
     await until(service, run["run_id"], "RUN_DONE")
 
 
+async def _give_orders(service: RunningService, witness: Witness, tool: Tool) -> None:
+    """A run is paused, resumed and cancelled; another one keeps its result and goes on."""
+    tool.gate.clear()
+    envelope = graph(
+        echo_node("A", inputs={"small": {"value": 1}}),
+        echo_node("big", inputs={"big": {"value": "x" * 70_000}}),
+        echo_node("B", "A", capability="test.gated"),
+        objective="be ordered about",
+    )
+    await witness.post("/v1/runs/find", envelope, 404)
+    await witness.post("/v1/runs/find", {}, 422)
+    run_id = (await service.submit(envelope))["run_id"]
+    base = f"/v1/runs/{run_id}"
+    await tool.reached(len(tool.ledger) + 1)
+    order = {"operator": {"id": "ops"}, "note": "stop", "expected_plan_version": 1}
+    for body, status in (({**order, "expected_plan_version": 2}, 409), (order, 202)):
+        await witness.post(f"{base}/pause", body, status)
+    paused = await until(service, run_id, "RUN_PAUSED")
+    await witness.get(base)
+    await witness.post(f"{base}/resume", order, 202)
+    resumed = await until(service, run_id, "RUN_RESUMED", paused.seq)
+    await witness.post("/v1/runs/find", envelope, 200)
+    await witness.post(f"{base}/cancel", order, 202)
+    await until(service, run_id, "RUN_CANCELLED", resumed.seq)
+    tool.gate.set()
+    for path in ("", "/debug"):
+        await witness.get(base + path)
+    await witness.get(f"{base}/events", headers=SSE)
+    successor = (await witness.post(f"{base}/resume", {}, 202)).json()
+    assert successor["signal_id"] is None
+    base = f"/v1/runs/{successor['run_id']}"
+    await witness.get(f"{base}/events", headers=SSE)
+    for path in ("", "/debug", "/nodes/big/output"):
+        await witness.get(base + path)
+
+
+async def _ask_breakers(witness: Witness) -> None:
+    [down] = [
+        breaker
+        for breaker in (await witness.get("/v1/breakers")).json()["breakers"]
+        if breaker["scope"].startswith("test.down::")
+    ]
+    await witness.ask("POST", f"/v1/breakers/{quote(down['scope'], safe='')}/reset", 200)
+    await witness.ask("POST", "/v1/breakers/nobody::nowhere/reset", 404)
+
+
 async def _ask_probes(witness: Witness) -> None:
-    for path in ("/livez", "/readyz", "/startupz"):
+    for path in ("/livez", "/readyz", "/startupz", "/metrics"):
         await witness.get(path)
 
 
 async def test_no_route_is_undocumented(document: dict[str, Any]) -> None:
     routes = {
-        (method, route.path)
+        (method, route.path_format)
         for module in ROUTERS
         for route in module.router.routes
         if isinstance(route, APIRoute)

@@ -49,6 +49,14 @@ async def test_a_database_that_is_behind_is_refused_with_the_command_to_run(
         await admin.close()
 
 
+async def test_a_schema_of_a_later_version_is_worked_on(dsn: str) -> None:
+    """So that processes can be replaced one by one after a migration."""
+    connection = await asyncpg.connect(dsn)
+    await connection.execute("update alembic_version set version_num = '9999'")
+    await connection.close()
+    await start(dsn, make_settings())
+
+
 @pytest.mark.parametrize(
     "dsn",
     ["postgresql://nobody@127.0.0.1:1/none", "postgresql://nobody@127.0.0.1:abc/none"],

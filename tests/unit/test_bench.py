@@ -186,6 +186,6 @@ def test_copied_runs_have_ids_of_the_same_day_in_the_order_of_time() -> None:
 def test_a_copy_takes_the_new_id_everywhere() -> None:
     model, other = UUID(int=1), UUID(int=2)
     rows = [{"run_id": model, "seq": 1, "body": f'{{"run_id":"{model}"}}', "node_id": None}]
-    assert list(growth._copies(rows, model, [other])) == [
+    assert list(growth.copies(rows, model, [other])) == [
         (other, 1, f'{{"run_id":"{other}"}}', None)
     ]

@@ -279,6 +279,86 @@ def test_a_finished_run_does_not_pass_its_deadline() -> None:
     assert story.decide(deadline_ms=200).complete
 
 
+# Breakers
+
+
+def test_a_node_that_its_breaker_refused_goes_on_by_itself() -> None:
+    story = story_of(plan_of(plan_node("A"), plan_node("B", "A")))
+    story.start("A")
+    story.refuse("A", 250)
+    decision = story.decide()
+    assert (told(decision), decision.complete) == ([], False)
+    assert decision.wake_at == START_MS + 250
+    story.now += 250
+    [event] = story.decide().events
+    assert (event.type, event.node_id, event.attempt) == (EventType.NODE_START, "A", 2)
+
+
+def test_refusals_use_up_no_attempt() -> None:
+    """Nothing was called, so all tries of the node are still there after any number of refusals."""
+    node = plan_node("A", max_attempts=2)
+    story = story_of(plan_of(node))
+    for _ in range(5):
+        story.start("A")
+        story.refuse("A", 0)
+    story.start("A")
+    [retry] = judge_failure(node, story.node("A"), _RESET)
+    assert retry.type is EventType.NODE_RETRY
+    story.retry("A")
+    story.start("A")
+    story.refuse("A", 0)
+    story.start("A")
+    [failed] = judge_failure(node, story.node("A"), _RESET)
+    assert (failed.type, failed.attempt) == (EventType.NODE_FAILED, 8)
+
+
+def test_a_refused_node_of_a_limited_capability_waits_for_a_slot_as_well() -> None:
+    story = story_of(plan_of(limited_node("A")))
+    story.start("A")
+    story.refuse("A", 0)
+    assert _starts(story, free_slots={RARE: 0}) == []
+    assert _starts(story, free_slots={RARE: 1}) == ["A"]
+
+
+def test_a_run_does_not_fail_while_a_refused_node_may_still_go_on() -> None:
+    story = story_of(plan_of(plan_node("A"), plan_node("B"), plan_node("C")))
+    story.start("A")
+    story.start("C")
+    story.block("C")
+    story.refuse("A", 100)
+    story.fail("B")
+    decision = story.decide()
+    assert (told(decision), decision.wake_at) == ([], START_MS + 100)
+
+
+def test_the_deadline_ends_a_run_that_waits_for_a_breaker() -> None:
+    story = story_of(plan_of(plan_node("A")))
+    story.start("A")
+    story.refuse("A", 5_000)
+    assert story.decide(deadline_ms=200).wake_at == START_MS + 200
+    story.now += 200
+    [event] = story.decide(deadline_ms=200).events
+    assert event.data["error"]["code"] == "deadline_exceeded"
+    assert event.data["unfinished_nodes"] == ["A"]
+
+
+# Results of an earlier run
+
+
+def test_a_run_that_keeps_results_starts_behind_them() -> None:
+    story = story_of(diamond())
+    story.skip("A", "B")
+    assert told(story.decide()) == [("NODE_START", "C")]
+    story.done("C", "D")
+    assert story.decide().complete
+
+
+def test_a_run_whose_every_result_is_kept_is_complete_at_once() -> None:
+    story = story_of(diamond())
+    story.skip(*"ABCD")
+    assert story.decide().complete
+
+
 # Failed nodes and what depends on them
 
 

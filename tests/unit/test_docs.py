@@ -32,7 +32,8 @@ from docs.problem_codes import fault_codes, problem_codes
 
 README = ROOT / "README.md"
 ARCHITECTURE = DOCS / "ARCHITECTURE.md"
-WRITTEN_BY_HAND = [README, *(DOCS / f"{n}.md" for n in ("ARCHITECTURE", "GLOSSARY", "OPERATIONS"))]
+_BY_HAND = ("ARCHITECTURE", "DEPLOYMENT", "GLOSSARY", "METRICS", "OPERATIONS", "RELIABILITY")
+WRITTEN_BY_HAND = [README, *(DOCS / f"{n}.md" for n in _BY_HAND)]
 ALL = sorted({*WRITTEN_BY_HAND, *DOCS.glob("*.md")})
 EXAMPLES = sorted((ROOT / "examples").iterdir())
 

@@ -77,3 +77,13 @@ def test_a_node_must_run_or_be_decided_upon_before_it_is_done() -> None:
         old for old, allowed in NODE_TRANSITIONS.items() if NodeStatus.FAILED in allowed
     }
     assert before_failed == before_done
+
+
+def test_a_node_is_skipped_only_before_it_ever_ran() -> None:
+    before = {old for old, allowed in NODE_TRANSITIONS.items() if NodeStatus.SKIPPED in allowed}
+    assert before == {NodeStatus.PENDING}
+
+
+def test_a_blocked_node_may_go_on_by_itself() -> None:
+    """When the breaker that refused it lets a call in again."""
+    assert NodeStatus.RUNNING in NODE_TRANSITIONS[NodeStatus.BLOCKED]

@@ -1,6 +1,6 @@
-"""Thousands of runs in virtual time: random plans, outcomes, orders, slots, operators and crashes.
+"""Thousands of runs in virtual time: random plans, outcomes, breakers, slots, operators, crashes.
 
-Every rule is checked at every event inside `tests/simulator.py`. A failing seed is replayed with
+Every rule of `tests/journal_rules.py` is checked at every event. A failing seed is replayed with
 `Simulation(random_scenario(seed)).run()`.
 """
 
@@ -49,6 +49,9 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         trouble=draw(st.sampled_from([0.0, 0.3, 0.8])),
         crash=draw(st.sampled_from([0.0, 0.1, 0.4])),
         foreign=draw(st.sampled_from([0.0, 0.5])),
+        cancel=draw(st.sampled_from([0.0, 0.0, 0.1])),
+        pause=draw(st.sampled_from([0.0, 0.2])),
+        refusal=draw(st.sampled_from([0.0, 0.4])),
     )
 
 
@@ -75,9 +78,35 @@ def test_the_simulated_runs_meet_every_trouble_and_every_end() -> None:
         *("recovered with calls under way", "waited for a slot", "deadline", "nobody came"),
         *("ended done", "ended failed", "ended cancelled", "ended awaiting_human"),
         *("blocked to done", "blocked to failed", "blocked to pending", "pending to blocked"),
-        *("running to blocked", "running to pending", "applied", "discarded"),
+        *("running to blocked", "running to pending", "blocked to running"),
+        *("cancel applied", "cancel discarded", "pause applied", "pause discarded"),
+        *("resume applied", "resume discarded", "ended paused"),
+        "went on with calls of before the pause",
     }
     assert {name for name in expected if seen[name] == 0} == set()
+
+
+def test_what_a_finished_run_came_to_is_kept_by_its_successors() -> None:
+    """From one to the next until one is done: what was done is never called again."""
+    seen: Counter[str] = Counter()
+    for seed in range(60):
+        simulation = Simulation(random_scenario(seed)).run()
+        for generation in range(4):
+            status = simulation.state.status
+            if status not in (RunStatus.FAILED, RunStatus.CANCELLED):
+                break
+            if simulation.state.plan is None:
+                break
+            successor = simulation.successor(1_000 * generation + seed).run()
+            successor.check_snapshots(lambda k: k % 8 == 0)
+            inherits = successor.scenario.inherits
+            assert inherits is not None
+            seen[f"{status} to {successor.state.status}"] += 1
+            seen["kept"] += len(inherits.kept)
+            seen["uncertain"] += len(inherits.uncertain)
+            simulation = successor
+    expected = {"failed to done", "failed to failed", "cancelled to done", "kept", "uncertain"}
+    assert {name for name in expected if seen[name] == 0} == set(), seen
 
 
 def test_a_seed_is_replayed_exactly() -> None:

@@ -121,6 +121,28 @@ def test_a_snapshot_is_a_copy() -> None:
     assert orjson.dumps(state_as_dict(found)) == taken
 
 
+def test_a_node_that_waits_for_its_breaker_still_does_behind_a_snapshot() -> None:
+    story = story_of(plan_of(plan_node("A"), plan_node("B"), plan_node("C", "B")))
+    story.skip("B")
+    story.start("A")
+    story.refuse("A", 250)
+    story.pause(RunStatus.PAUSED)
+    story.start("C")
+    found = state_from_dict(RUN_ID, story.state.plans, _stored(story.state))
+    assert found is not None
+    assert exact(found) == exact(story.state)
+    assert found.waiting == {"A": START_MS + 250}
+    assert found.paused_seq == story.state.seq - 1
+
+
+def test_a_snapshot_of_the_format_before_pauses_had_a_seq_is_folded_anew() -> None:
+    assert SNAPSHOT_FORMAT == 2
+    story = story_of(diamond())
+    old = {**_stored(story.state), "format": 1}
+    del old["paused_seq"]
+    assert state_from_dict(RUN_ID, story.state.plans, old) is None
+
+
 def test_a_snapshot_of_another_format_is_not_used() -> None:
     story = story_of(diamond())
     stored = _stored(story.state)

@@ -297,6 +297,40 @@ def test_a_ready_or_waiting_node_that_is_blocked_can_not_start_any_more() -> Non
     assert list(state.blocked) == ["A", "B", "C"]
 
 
+def test_a_node_that_its_breaker_refused_is_blocked_and_waits_for_its_time() -> None:
+    story = story_of(chain(2))
+    story.start("n0")
+    story.now += 100
+    story.refuse("n0", 250)
+    state, node = story.state, story.node("n0")
+    assert (node.status, node.reason) == (NodeStatus.BLOCKED, BlockReason.BREAKER_OPEN)
+    assert (node.attempt, node.attempts_before_round) == (1, 1)
+    assert (node.retry_at, state.waiting) == (START_MS + 350, {"n0": START_MS + 350})
+    assert (list(state.blocked), list(state.running), list(state.to_block)) == (["n0"], [], [])
+    assert state.unknown_outcomes() == []
+
+
+def test_the_next_start_of_a_refused_node_ends_its_wait() -> None:
+    story = story_of(plan_of(limited_node("A"), limited_node("B")))
+    story.start("A")
+    story.refuse("A", 250)
+    story.start("A")
+    state, node = story.state, story.node("A")
+    assert (node.status, node.attempt, node.reason) == (NodeStatus.RUNNING, 2, None)
+    assert (node.retry_at, state.waiting, state.blocked) == (None, {}, {})
+    assert state.ready_limited == {("rare", "1.0.0"): {"B": None}}
+
+
+def test_a_kept_result_counts_as_done_and_stands_in_the_event_that_says_so() -> None:
+    story = story_of(plan_of(plan_node("A"), limited_node("B", "A"), plan_node("C", "A", "B")))
+    story.skip("A")
+    assert story.node("A") == NodeState(NodeStatus.SKIPPED, done_seq=4, reason="resume")
+    assert (story.state.done_count, list(story.state.ready)) == (1, [])
+    story.skip("B")
+    assert story.state.ready_limited == {}
+    assert list(story.state.ready) == ["C"]
+
+
 def test_unknown_outcomes_are_listed_in_the_order_they_were_blocked() -> None:
     story = story_of(plan_of(plan_node("A"), plan_node("B"), plan_node("C"), plan_node("D", "C")))
     for node_id in ("A", "B", "C"):
@@ -316,11 +350,25 @@ def test_pauses_add_up_and_leave_the_clock_of_the_deadline_standing(status: RunS
         story.pause(status)
         assert story.state.status is status
         assert story.state.paused_at == story.now
+        assert story.state.paused_seq == story.state.seq
         story.now += lasting
         story.add(Event(EventType.RUN_RESUMED, {}))
         assert story.state.status.value == "running"
         assert story.state.paused_at is None
     assert story.state.paused_ms == 42
+
+
+def test_the_seq_of_a_pause_stays_until_the_next_one() -> None:
+    story = story_of(chain(1))
+    story.start("n0")
+    assert story.state.paused_seq is None
+    story.pause(RunStatus.PAUSED)
+    paused_seq = story.state.seq
+    story.done("n0")
+    assert story.state.paused_seq == paused_seq
+    story.add(Event(EventType.RUN_RESUMED, {}))
+    story.pause(RunStatus.PAUSED)
+    assert story.state.paused_seq == story.state.seq > paused_seq
 
 
 def test_a_resume_without_a_pause_adds_no_time() -> None:
