@@ -56,7 +56,7 @@ class Worker:
         self._strays: list[UUID] = []
         self._look_at = 0.0
         self._suspect: tuple[UUID, float] | None = None
-        self._runner.on_free = self.nudge
+        self._runner.on_free = self._runner.drive.nudge = self.nudge
 
     def nudge(self) -> None:
         """There may be something to take: look now."""

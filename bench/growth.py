@@ -53,14 +53,14 @@ async def fill(dsn: str, events: int) -> None:
     try:
         model = await connection.fetchval("select run_id from run_heads where status = 'done'")
         rows = {
-            table: [dict(row) for row in await connection.fetch(_rows_of(table), model)]
+            table: [dict(row) for row in await connection.fetch(rows_of(table), model)]
             for table in TABLES
         }
         ids = list(_ids(model, events // len(rows["events"])))
         for table in TABLES:
             await connection.copy_records_to_table(
                 table,
-                records=_copies(rows[table], model, ids),
+                records=copies(rows[table], model, ids),
                 columns=list(rows[table][0]),
                 timeout=300,
             )
@@ -71,7 +71,8 @@ async def fill(dsn: str, events: int) -> None:
         await connection.close()
 
 
-def _rows_of(table: str) -> str:
+def rows_of(table: str) -> str:
+    """The query for the rows of one run in a table."""
     return f"select * from {table} where run_id = $1"
 
 
@@ -86,7 +87,7 @@ def _ids(model: UUID, count: int) -> Iterator[UUID]:
         yield UUID(int=(at << 80) | low)
 
 
-def _copies(rows: list[dict[str, Any]], model: UUID, ids: list[UUID]) -> Iterator[tuple[Any, ...]]:
+def copies(rows: list[dict[str, Any]], model: UUID, ids: list[UUID]) -> Iterator[tuple[Any, ...]]:
     """The rows once for each id, which replaces the model's own, also within texts."""
     was = str(model)
     for run_id in ids:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import psutil
 
+from app.settings import Role
+
 ROOT = Path(__file__).resolve().parent.parent
 READY = re.compile(rb"ready at http://\S+:(\d+)")
 START_S = 60.0
 STOP_S = 90.0
-SERVE = ("-m", "app.cli.main", "serve", "--port", "0")
 MIGRATE = ("-m", "app.cli.main", "migrate")
 
 
@@ -95,10 +96,14 @@ async def spawn(arguments: Sequence[str], environment: Mapping[str, str]) -> Run
 
 
 async def start(
-    *, data_dir: Path | None = None, database_url: str | None = None, **settings: str
+    role: Role = "serve",
+    *,
+    data_dir: Path | None = None,
+    database_url: str | None = None,
+    **settings: str,
 ) -> Running:
     """Start the service on a free port of loopback and wait until it says that it is ready."""
-    arguments = list(SERVE)
+    arguments = ["-m", "app.cli.main", role, "--port", "0"]
     if data_dir is not None:
         arguments += ["--data-dir", str(data_dir)]
     return await spawn(arguments, clean_environment(database_url, **settings))
@@ -106,10 +111,14 @@ async def start(
 
 @asynccontextmanager
 async def running(
-    *, data_dir: Path | None = None, database_url: str | None = None, **settings: str
+    role: Role = "serve",
+    *,
+    data_dir: Path | None = None,
+    database_url: str | None = None,
+    **settings: str,
 ) -> AsyncIterator[Running]:
     """A service for the time of the block."""
-    service = await start(data_dir=data_dir, database_url=database_url, **settings)
+    service = await start(role, data_dir=data_dir, database_url=database_url, **settings)
     try:
         yield service
     finally:

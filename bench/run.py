@@ -21,7 +21,7 @@ import orjson
 import uvloop
 
 from app.version import VERSION
-from bench import growth, limits, shapes, starts, streams, takeover
+from bench import claims, growth, limits, shapes, starts, streams, takeover, two_workers
 from bench.rig import Rig, scratch
 from bench.stats import Book, Figure, Goal, Ratio, figures_table
 
@@ -36,6 +36,8 @@ GROUPS: dict[str, Group] = {
     "streams": streams.streams,
     "starts": starts.starts,
     "takeover": takeover.takeover,
+    "claims": claims.claims,
+    "two_workers": two_workers.two_workers,
     "growth": growth.growth,
 }
 RATIOS = (
@@ -48,6 +50,15 @@ RATIOS = (
         streams.OURS,
         streams.STOCK,
         Goal(3, 5, better="more"),
+    ),
+    Ratio(
+        "runs/s from the queue, two workers over one",
+        two_workers.TWO,
+        two_workers.ONE,
+        Goal(1.2, 1.5, better="more"),
+    ),
+    Ratio(
+        "runs/s over HTTP, two services over one", two_workers.TWO_SERVICES, two_workers.ONE_SERVICE
     ),
     Ratio(
         "runs/s, 1 M events over an empty journal",

@@ -1,4 +1,4 @@
-"""The service as a process of its own, to be killed; it speaks to the test's database."""
+"""The service as processes of their own, to be killed; they speak to the test's database."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+
+from app.settings import Role
 
 READY = re.compile(r"ready at (http://\S+)")
 START_S = 30.0
@@ -18,7 +20,7 @@ END_S = 20.0
 
 @dataclass
 class ServiceProcess:
-    """A running `flexrun serve`. `url` is None when it died before it was ready."""
+    """A running process of the service. `url` is None when it died before it was ready."""
 
     process: asyncio.subprocess.Process
     url: str | None
@@ -49,7 +51,7 @@ class ServiceProcess:
             raise
 
 
-async def start_service(dsn: str, **settings: str) -> ServiceProcess:
+async def start_service(dsn: str, role: Role = "serve", /, **settings: str) -> ServiceProcess:
     """Start it on a free port and wait until it is ready, or dead."""
     environment = {
         **os.environ,
@@ -64,7 +66,7 @@ async def start_service(dsn: str, **settings: str) -> ServiceProcess:
     # What ends by SIGKILL is never measured: spare these processes the cost of being traced.
     environment.pop("COVERAGE_PROCESS_CONFIG", None)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "app.cli.main", "serve", "--port", "0"),
+        *(sys.executable, "-m", "app.cli.main", role, "--port", "0"),
         env=environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -90,10 +92,27 @@ async def _read(service: ServiceProcess, ready: asyncio.Event) -> None:
 
 
 @asynccontextmanager
-async def service_process(dsn: str, **settings: str) -> AsyncIterator[ServiceProcess]:
+async def service_process(
+    dsn: str, role: Role = "serve", /, **settings: str
+) -> AsyncIterator[ServiceProcess]:
     """A process that is gone at the end, however the test ends."""
-    service = await start_service(dsn, **settings)
+    service = await start_service(dsn, role, **settings)
     try:
         yield service
     finally:
         await service.stop()
+
+
+@asynccontextmanager
+async def service_processes(
+    dsn: str, *roles: Role, **settings: str
+) -> AsyncIterator[list[ServiceProcess]]:
+    """Several at once, in the order of their roles."""
+    async with AsyncExitStack() as stack:
+        starting = [
+            asyncio.create_task(
+                stack.enter_async_context(service_process(dsn, role, **settings)), name=role
+            )
+            for role in roles
+        ]
+        yield await asyncio.gather(*starting)

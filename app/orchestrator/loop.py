@@ -6,7 +6,7 @@
         decide what may happen now;
         record outcomes, consumed signals and decisions as one append;
         when it is durable, perform: call the nodes that were started;
-        if all that is left waits on a human, or this process leaves, give the run back.
+        if all that is left waits on a human or for long, or this process leaves, give it back.
 
 Kill points: before record; after record and before the call; after the call and before the next
 record. At each of them the journal alone says how the run goes on.
@@ -55,6 +55,9 @@ from app.registry.image import RegistryImage
 log = logging.getLogger("flexrun.loop")
 
 SNAPSHOT_EVENTS_MIN = 500
+PARK_MS_MIN = 5_000
+HANDED_OVER = 0
+"""A time to wake up that has always passed, on whatever clock: any worker may go on at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Drive:
 
     `lease` says who we are in the heads, and whether we may still write. `is_leaving`: start
     nothing new and give every run back as soon as no call of it is under way; `announce_work`
-    tells others.
+    tells others, `nudge` makes our own worker look for claims.
     """
 
     journal: Journal
@@ -82,6 +85,7 @@ class Drive:
     plan_limits: PlanLimits
     metrics: Metrics = field(default_factory=Metrics)
     announce_work: Callable[[], None] = lambda: None
+    nudge: Callable[[], None] = lambda: None
     is_leaving: bool = False
 
 
@@ -134,9 +138,9 @@ async def _drive(run: DrivenRun, drive: Drive) -> None:
         if step.append.has_rows:
             await _record(run, drive, step.append)
         if step.append.owner is None:
-            if step.append.wake_at is not None:
+            if step.append.wake_at == HANDED_OVER:
                 drive.announce_work()
-            return  # finished, parked until a human decides, or handed over
+            return  # finished, parked until a human decides or a time comes, or handed over
         for node_id in step.to_call:
             drive.executor.perform(run, node_id)
         if not run.inbox.poked:
@@ -155,7 +159,9 @@ def _next_step(run: DrivenRun, drive: Drive) -> _Step:
     step.note(run, opening_events)
     for item in run.inbox.take():
         step.append.is_progress = True
-        run.takes = 0
+        if run.takes:
+            run.takes = 0
+            drive.nudge()  # another run that lost workers may be driven now
         if isinstance(item, Signal):
             failpoints.hit("signal.before_apply")
             step.note(run, consume_signal(run, item, step.append))
@@ -172,7 +178,7 @@ def _next_step(run: DrivenRun, drive: Drive) -> _Step:
         step.to_call += run.recall
         run.recall = []
         _decide(run, drive, step)
-    _close(run, drive, step.append)
+    _close(run, drive, step)
     return step
 
 
@@ -206,22 +212,37 @@ def _decide(run: DrivenRun, drive: Drive, step: _Step) -> None:
         drive.executor.slots.pass_on()
 
 
-def _close(run: DrivenRun, drive: Drive, append: Append) -> None:
+def _close(run: DrivenRun, drive: Drive, step: _Step) -> None:
     """Status, owner and snapshot of an append, from the state that it leads to."""
-    state = run.state
-    append.status = state.status
+    state, append = run.state, step.append
     is_running = state.status is RunStatus.RUNNING
     # What starts nothing more is held until the calls under way have ended and are recorded.
     is_held = (is_running and not drive.is_leaving) or (
         bool(run.calls) and not state.status.is_terminal
     )
+    if is_running and not is_held:
+        append.wake_at = HANDED_OVER
+    elif is_running and _only_waits(run, step):
+        # It holds no place while it waits: a far side that is down must not keep others from work.
+        is_held = False
+        append.wake_at = step.wake_at
     append.owner = drive.lease.worker_id if is_held else None
-    append.wake_at = None if is_held or not is_running else 0  # at once, on whatever clock
+    append.status = state.status
     unsaved = state.seq - run.snapshot_seq
     parked = append.owner is None and not state.status.is_terminal
     if unsaved > (0 if parked else max(SNAPSHOT_EVENTS_MIN, len(state.nodes))):
         append.snapshots.append((state.seq, orjson.dumps(state_as_dict(state)).decode()))
         run.snapshot_seq = state.seq
+
+
+def _only_waits(run: DrivenRun, step: _Step) -> bool:
+    """Whether nothing of the run can happen for long: all that is left is a time to come."""
+    state = run.state
+    if run.calls or state.running or state.ready or state.ready_limited or step.wake_at is None:
+        return False
+    if any(retry_at <= step.now for retry_at in state.waiting.values()):
+        return False  # due, and only lacks a slot
+    return step.wake_at - step.now >= PARK_MS_MIN
 
 
 async def _record(run: DrivenRun, drive: Drive, append: Append) -> None:

@@ -193,8 +193,9 @@ def _opening_events(claim: Claim, state: RunState) -> tuple[list[Event], list[st
         plans = () if state.plan is not None else state.plans.values()
         return [Event(EventType.RUN_START, {}), *(plan_generated(p, None) for p in plans)], []
     blocked, again = recover(state)
-    is_parked = state.status is not RunStatus.RUNNING and claim.from_worker is None
-    if is_parked and not blocked and not again:
+    is_running = state.status is RunStatus.RUNNING
+    was_parked = claim.from_worker is None and not (is_running and claim.handed_over)
+    if was_parked and not blocked and not again:
         return [], []  # in order: nothing was lost
     data = {"epoch": claim.epoch, "from_worker": claim.from_worker, "called_again": again}
     return [Event(EventType.RUN_RECOVERED, data, level=Level.WARN), *blocked], again

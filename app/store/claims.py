@@ -45,6 +45,8 @@ class Claim:
     from_worker: str | None
     finish: float
     """Where it stood in the line of the claim; those under way stand before all queued ones."""
+    handed_over: bool = False
+    """A worker that left gave it back, in contrast to a run whose own time has come."""
 
     @property
     def is_new(self) -> bool:
@@ -136,7 +138,7 @@ trusted as (
     select c.*, count(*) filter (where takes > 0) over (order by finish, run_id) as suspects
     from claimable c),
 chosen as (
-    select h.run_id, h.owner, t.finish from (
+    select h.run_id, h.owner, h.wake_at, t.finish from (
         select run_id, finish from trusted where takes = 0 or suspects <= $6
         order by finish, run_id limit $5) t
     join run_heads h using (run_id))
@@ -145,7 +147,7 @@ set owner = $1, epoch = h.epoch + 1, wake_at = null,
     takes = h.takes + (c.owner <> $1 and c.owner is not null)::int
 from chosen c where h.run_id = c.run_id
 returning h.run_id, h.tenant_id, h.epoch, h.seq, h.status, h.lane, h.takes, c.owner,
-    c.finish"""
+    c.finish, coalesce(c.wake_at = 'epoch', false)"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ async def leave(connection: HotConnection, worker_id: str) -> int:
     Returns how many runs were given back.
     """
     status = await connection.execute(
-        """update run_heads set owner = null, epoch = epoch + 1, wake_at = clock_timestamp()
+        """update run_heads set owner = null, epoch = epoch + 1, wake_at = 'epoch'
         where owner = $1""",
         worker_id,
     )

@@ -148,10 +148,24 @@ async def test_a_frozen_worker_that_wakes_up_writes_nothing(dsn: str, tool: Tool
         async with httpx.AsyncClient(base_url=first.url, timeout=PATIENCE_S) as http:
             response = await http.post("/v1/runs", json=diamond(), headers={"Prefer": "wait=20"})
             assert response.json()["status"] == "done", "the woken worker works on, as a new one"
+            await noticed_its_loss(http)
 
     journal = (await check(dsn, ClientLog({run_id}), tool.ledger))[run_id]
     assert len(of_type(journal, "NODE_DONE")) == 3
     assert len(of_type(journal, "RUN_RECOVERED")) == 1
+
+
+async def noticed_its_loss(client: httpx.AsyncClient) -> None:
+    """Until a process has let its runs go: its write was refused, or it was past its own lease."""
+    names = ("flexrun_journal_stale_writes_total", "flexrun_lease_losses_total")
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            lines = [line.split() for line in (await client.get("/metrics")).text.splitlines()]
+            found = {line[0]: float(line[1]) for line in lines if line[0] in names}
+            assert found.keys() == set(names)
+            if sum(found.values()):
+                return
+            await asyncio.sleep(0.05)
 
 
 async def end_lease_of_holder(dsn: str, run_id: str) -> None:
