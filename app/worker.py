@@ -139,15 +139,18 @@ class Worker:
 
     async def _claim(self) -> None:
         room = self._runner.room - self._take_up.count
-        if room <= 0:
+        if room > 0:
+            wanted = Wanted(
+                limit=min(room, CLAIM_MAX),
+                suspects_max=self._room_for_suspects(),
+                dead=self._dead,
+                strays=self._strays,
+                not_these=list(self._runner.handed_off),
+            )
+        elif self._runner.accepting:
+            wanted = Wanted(CLAIM_MAX, CLAIM_MAX, [], [], [], only_cancelled=True)
+        else:
             return
-        wanted = Wanted(
-            limit=min(room, CLAIM_MAX),
-            suspects_max=self._room_for_suspects(),
-            dead=self._dead,
-            strays=self._strays,
-            not_these=list(self._runner.handed_off),
-        )
         failpoints.hit("claim.before_commit")
         worker_id = self._lease.worker_id
         claims = await claim_runs(self._lease.session, worker_id, wanted, self._fairness)
@@ -161,6 +164,8 @@ class Worker:
         await self._look_again_if_worth_it(wanted, claims)
 
     async def _look_again_if_worth_it(self, wanted: Wanted, claims: list[Claim]) -> None:
+        if wanted.only_cancelled:
+            return
         if len(claims) == wanted.limit:
             self._wake.set()
         elif await something_waits(self._lease.session, wanted.not_these):

@@ -29,6 +29,7 @@ RESTING_EVENTS = TERMINAL_EVENTS | {EventType.RUN_PAUSED}
 RING_FRAMES_MAX = 1_024
 RING_BYTES_MAX = 4 * 1024 * 1024
 PAGE_ROWS_MAX = 1_000
+PAGE_BYTES_MAX = 256 * 1024
 POLL_S = 0.5
 
 
@@ -206,8 +207,10 @@ class Feed:
             del self._channels[channel.run_id]
 
     async def page(self, channel: Channel, after: int) -> list[Frame]:
-        """Up to `PAGE_ROWS_MAX` stored frames behind `after`; the ring takes what is new to it."""
-        rows = await self._reader.page(channel.run_id, after, PAGE_ROWS_MAX)
+        """Some stored frames behind `after`, bounded; the ring takes what is new to it."""
+        rows = await self._reader.page_of_bytes(
+            channel.run_id, after, PAGE_ROWS_MAX, PAGE_BYTES_MAX
+        )
         frames = [frame_of(r.seq, r.type, r.node_id, r.level, r.body.encode()) for r in rows]
         channel.push(frames)
         return frames

@@ -119,11 +119,12 @@ strays as (
 due as (
     select h.run_id, h.takes from run_heads h
     where h.owner is null and h.wake_at <= clock_timestamp() and {_UNFINISHED}
-        and (h.takes = 0 or $6 > 0)
+        and (h.takes = 0 or $6 > 0) and not $12
     order by h.wake_at limit $5 for update skip locked),
 signalled as (
     select h.run_id, h.takes from run_heads h
-    where h.run_id in (select s.run_id from signals s where s.outcome is null)
+    where h.run_id in (select s.run_id from signals s
+            where s.outcome is null and (s.kind = 'cancel' or not $12))
         and h.owner is null and {_UNFINISHED} and (h.takes = 0 or $6 > 0)
     order by h.run_id limit $5 for update skip locked),
 claimable as (
@@ -155,7 +156,8 @@ class Wanted:
     """What a claim may take: up to `limit` runs, among them `suspects_max` that lost a worker.
 
     `dead` are owners that are gone; `strays` our own runs that nobody here drives; `not_these`
-    queued runs that this process starts itself.
+    queued runs that this process starts itself. `only_cancelled`: this process is full, but a run
+    that somebody cancelled and nobody drives takes no place; it only has to end.
     """
 
     limit: int
@@ -163,12 +165,14 @@ class Wanted:
     dead: list[str]
     strays: list[UUID]
     not_these: list[UUID]
+    only_cancelled: bool = False
 
 
 async def claim_runs(
     connection: HotConnection, worker_id: str, wanted: Wanted, fairness: Fairness
 ) -> list[Claim]:
     """Take what is wanted, as far as it is there; locked rows are skipped, never waited for."""
+    lanes = [] if wanted.only_cancelled else list(LANE_WEIGHTS)
     rows = await connection.fetch(
         _CLAIM,
         worker_id,
@@ -177,12 +181,13 @@ async def claim_runs(
         wanted.not_these,
         wanted.limit,
         wanted.suspects_max,
-        list(LANE_WEIGHTS),
-        list(LANE_WEIGHTS.values()),
-        [fairness.served[lane] for lane in LANE_WEIGHTS],
-        [fairness.after[lane] for lane in LANE_WEIGHTS],
+        lanes,
+        [LANE_WEIGHTS[lane] for lane in lanes],
+        [fairness.served[lane] for lane in lanes],
+        [fairness.after[lane] for lane in lanes],
         # Twice as many as could get a run, because others may be about to take theirs.
         min(2 * wanted.limit, TENANTS_MAX),
+        wanted.only_cancelled,
     )
     claims = [Claim(*row) for row in rows]
     fairness.note(claims)

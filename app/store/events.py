@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import RowMapping, Select, and_, exists, select
+from sqlalchemy import RowMapping, Select, and_, exists, func, select
 
 from app.domain.events import TERMINAL_EVENTS
 from app.kit.ids import run_day
@@ -47,6 +47,36 @@ class EventReader:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    async def page_of_bytes(
+        self, run_id: UUID, after: int, limit: int, bytes_max: int
+    ) -> list[EventRow]:
+        """Events behind `after`, at most `limit`, until `bytes_max` are full; at least one.
+
+        Bodies that do not fit are not read: a hundred slow clients of a run with big outputs must
+        not hold a thousand of them each.
+        """
+        columns = [events.c[name] for name in ("seq", "type", "node_id", "level", "body")]
+        size = func.octet_length(events.c.body)
+        before = (func.sum(size).over(order_by=events.c.seq) - size).label("before")
+        inner = (
+            select(*columns, before)
+            .where(
+                events.c.run_day == run_day(run_id),
+                events.c.run_id == run_id,
+                events.c.seq > after,
+            )
+            .order_by(events.c.seq)
+            .limit(limit)
+            .subquery()
+        )
+        statement = (
+            select(*(inner.c[column.name] for column in columns))
+            .where(inner.c.before < bytes_max)
+            .order_by(inner.c.seq)
+        )
+        async with self._database.read() as connection:
+            return [EventRow(*row) for row in await connection.execute(statement)]
 
     async def page(
         self,

@@ -12,7 +12,7 @@ from tests.envelopes import echo_node, graph
 from tests.redis_kit import until as eventually
 from tests.service import RunningService, running_service
 from tests.shared_service import register, rows, until
-from tests.tools import Tool, answer, http_capability, respond, running_tool
+from tests.tools import Tool, answer, answer_at_gate, http_capability, respond, running_tool
 
 LATER_S = PARK_MS_MIN // 1000 + 1
 
@@ -58,15 +58,24 @@ async def test_a_run_that_waits_for_long_leaves_its_place_to_others(dsn: str) ->
         assert len(tool.calls(waits, "A")) == 2
 
 
-async def test_a_parked_run_is_cancelled_at_once(dsn: str) -> None:
+async def test_a_parked_run_is_cancelled_at_once_also_by_a_full_worker(dsn: str) -> None:
     async with (
-        running_service(make_settings(), dsn) as service,
-        running_tool(busy=busy_at_first) as tool,
+        running_service(make_settings(runs_max=1), dsn) as service,
+        running_tool(busy=busy_at_first, gate=answer_at_gate) as tool,
     ):
-        await register(service, http_capability(tool, "busy", "idempotent", max_attempts=2))
+        await register(
+            service,
+            http_capability(tool, "busy", "idempotent", max_attempts=2),
+            http_capability(tool, "gate", "idempotent"),
+        )
         waits = (await service.submit(graph(echo_node("A", capability="test.busy"))))["run_id"]
         await parked(service, waits)
+        other = await service.submit(graph(echo_node("A", capability="test.gate")))
+        await until(service, other["run_id"], "NODE_START")
+
         response = await service.client.post(f"/v1/runs/{waits}/cancel", json={})
         assert response.status_code == 202
         assert (await service.events(waits))[-1].event == "RUN_CANCELLED"
         assert len(tool.calls(waits, "A")) == 1
+        tool.gate.set()
+        assert (await service.events(other["run_id"]))[-1].event == "RUN_DONE"

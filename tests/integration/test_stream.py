@@ -357,6 +357,25 @@ async def test_pages_of_events_have_no_gaps(service: RunningService) -> None:
     assert found == list(range(1, 45))
 
 
+async def test_a_page_of_a_stream_is_bounded_in_bytes(service: RunningService) -> None:
+    """A client that reads nothing holds one page: it must not be a thousand big outputs."""
+    text = "x" * 50_000
+    nodes = [
+        {"id": f"n{i}", "capability": "util.echo", "inputs": {"text": {"value": text}}}
+        for i in range(20)
+    ]
+    run = await service.finished(graph(*nodes))
+    run_id = UUID(run["run_id"])
+    reader = service.services.reader
+    found: list[int] = []
+    while page := await reader.page_of_bytes(run_id, len(found), 1_000, 120_000):
+        sizes = [len(row.body) for row in page]
+        assert sum(sizes[:-1]) < 120_000, "only the last one may reach over the bound"
+        found += [row.seq for row in page]
+    assert found == list(range(1, run["last_seq"] + 1))
+    assert [event.id for event in await service.events(run["run_id"])] == [str(n) for n in found]
+
+
 async def test_nothing_is_left_behind_the_end(service: RunningService) -> None:
     run = await service.finished(diamond())
     url = f"/v1/runs/{run['run_id']}/events"

@@ -273,7 +273,9 @@ class StoredEvents:
         self.looked = asyncio.Event()
         self.away = False
 
-    async def page(self, run_id: UUID, after: int, limit: int) -> list[EventRow]:
+    async def page_of_bytes(
+        self, run_id: UUID, after: int, limit: int, bytes_max: int
+    ) -> list[EventRow]:
         self.pages.append((run_id, after))
         first = max(after + 1, self.from_seq)
         last = min(self.heads[run_id], first + limit - 1)
