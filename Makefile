@@ -2,7 +2,7 @@
 # as locked, with hashes, in requirements.txt (to run) and requirements-dev.txt (to test as well).
 #
 # VENV=folder puts the environment elsewhere, PYTHON=path picks the Python for a new one,
-# ARGS="…" is added to the command of run, demo, migrate, test, bench and lock.
+# ARGS="…" is added to the command of run, demo, migrate, test, bench, chaos and lock.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -76,6 +76,10 @@ fix: $(VENV)/.dev ## Format, repair what lint can repair, write what is generate
 .PHONY: bench
 bench: $(VENV)/.dev ## Measure it on this machine
 	@$(PY) -m bench $(ARGS)
+
+.PHONY: chaos
+chaos: $(VENV)/.dev ## Break everything and judge what is left (ARGS="--seed 7 --size full")
+	@$(PY) -m tests.chaos $(ARGS)
 
 .PHONY: lock
 lock: ## Resolve requirements*.in again, keeping pins (ARGS=--upgrade does not; needs uv)

@@ -1,0 +1,94 @@
+"""Clients that open a stream and never read: what they cost, and that they are dropped (I18)."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import psutil
+
+from tests.chaos.plan import Step
+from tests.chaos.rig import LOOK_S, Rig
+from tests.chaos.workload import Order, envelope, node
+
+VALUE_BYTES = 50_000
+VALUES = 160
+DROPPED_WITHIN_S = 60.0
+COST_EACH_BYTES = 128 * 1024
+NOISE_BYTES = 24 * 1024 * 1024
+"""What the rest of the load may add to a process in the meantime."""
+
+
+async def dead_clients(rig: Rig, step: Step) -> None:
+    """Many streams of a run that is larger than any socket buffer, and nobody reads."""
+    key = f"big-{rig.seed}-{step.choice}"
+    order = Order(key=key, kind="big", envelope=envelope(key, _big()))
+    run_id = await rig.clients.submit(order)
+    assert run_id is not None
+    await rig.clients.follow(order, run_id)
+
+    slot = rig.fleet.apis()[step.choice % len(rig.fleet.apis())]
+    await asyncio.wait_for(slot.ready.wait(), DROPPED_WITHIN_S)
+    process = psutil.Process(slot.pid)
+    before = process.memory_info().rss
+    request = (
+        f"GET /v1/runs/{run_id}/events HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
+    )
+    sockets = [_deaf(slot.port, request.encode()) for _ in range(rig.dead_clients)]
+    try:
+        peak = await _until_dropped(rig, sockets, process)
+    finally:
+        for each in sockets:
+            each.close()
+    allowed = rig.dead_clients * COST_EACH_BYTES + NOISE_BYTES
+    rig.notes["dead clients"] = (
+        f"{rig.dead_clients} clients that never read cost {max(0, peak - before) >> 20} MiB"
+    )
+    if peak - before > allowed:
+        rig.report("I18 dead clients", f"they cost {peak - before} bytes, {allowed} are allowed")
+
+
+def _big() -> list[dict[str, Any]]:
+    """One value that many nodes repeat: a journal of 8 MB, more than a socket's buffers hold."""
+    copies = [
+        {**node(f"n{i}", "root"), "inputs": {"text": {"from": "root", "pointer": "/text"}}}
+        for i in range(VALUES)
+    ]
+    last = node("last", *(copy["id"] for copy in copies))
+    return [node("root", text="x" * VALUE_BYTES), *copies, last]
+
+
+def _deaf(port: int, request: bytes) -> socket.socket:
+    """A connection that asks and takes as little as a socket can."""
+    found = socket.socket()
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    found.connect(("127.0.0.1", port))
+    found.sendall(request)
+    return found
+
+
+async def _until_dropped(rig: Rig, sockets: list[socket.socket], process: psutil.Process) -> int:
+    """Until the service has let go of every one of them; the most memory it used meanwhile.
+
+    What the kernel still has to deliver keeps the other end open: only the process's own list of
+    connections says that it let go.
+    """
+    ports = {each.getsockname()[1] for each in sockets}
+
+    def served() -> set[int]:
+        return ports & {c.raddr.port for c in process.net_connections("tcp") if c.raddr}
+
+    peak = 0
+    try:
+        async with asyncio.timeout(DROPPED_WITHIN_S):
+            while served() != ports:  # the kernel takes connections before the process does
+                await asyncio.sleep(LOOK_S)
+            while served():
+                peak = max(peak, process.memory_info().rss)
+                await asyncio.sleep(LOOK_S)
+    except TimeoutError:
+        rig.report("I18 dead clients", "they were not all served and dropped in time")
+    except psutil.NoSuchProcess:
+        rig.report("I18 dead clients", "the process that served them is gone")
+    return peak
