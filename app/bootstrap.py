@@ -242,6 +242,7 @@ def _breakers(settings: Settings, lease: Lease) -> Breakers:
             threshold=threshold,
             cooldown_s=cooldown_s,
             worker_id_of=worker_id,
+            budget_s=settings.redis_budget_ms / 1000,
         )
 
 

@@ -64,6 +64,10 @@ class Settings(BaseSettings):
         description="redis://… shared by all processes; without it each has breakers of its own.",
     )
 
+    redis_budget_ms: int = Field(
+        50, ge=1, description="How long a call waits for Redis before the process judges alone."
+    )
+
     # How much a process does at once.
     runs_max: int = Field(1_000, ge=0, le=100_000, description="Runs driven at once.")
     submit_timeout_s: float = Field(

@@ -12,7 +12,7 @@ from app.cli.render import duration, table_lines
 
 breakers = typer.Typer(help="Look up and reset circuit breakers: list, reset.")
 
-OWN = "Not shared through Redis: each process has breakers of its own, these are one of them."
+OWN = "Redis is away: each process has breakers of its own for now, these are one of them."
 
 
 @breakers.command("list")

@@ -455,7 +455,7 @@ def test_an_open_breaker_is_listed_and_reset(cli: Cli, serving: Serving, ledger:
     assert table.returncode == 0
     [line] = [line for line in table.stdout.splitlines() if line.startswith(scope)]
     assert line.split()[1] in ("open", "half_open")
-    assert "Not shared through Redis" in table.stderr
+    assert table.stderr == "", "without a Redis nothing is missing"
     ledger.mended = True
     assert f"{scope} is closed" in cli.ok("breakers", "reset", scope)
     assert listed()["status"] == "closed"
