@@ -1,6 +1,7 @@
-"""The fault suite in small: everything breaks, nothing is lost, and planted bugs are caught.
+"""The fault suite judges as it should: planted bugs are caught, plans and reports are whole.
 
-The full sizes are run by hand: `make chaos` and `python -m tests.chaos.mutants`.
+The suite itself breaks everything at once and wants a machine of its own: `make chaos`. All planted
+bugs: `python -m tests.chaos.mutants`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tests.chaos.plan import SIZES, Fault, Size, make_plan
 from tests.chaos.report import BEGIN, END, as_json, as_text, write_docs
 from tests.chaos.rig import REPOSITORY
 from tests.chaos.scenarios import SCENARIOS
-from tests.chaos.suite import Result, run_suite
+from tests.chaos.suite import Result
 from tests.chaos.workload import order
 
 QUICK = (
@@ -23,14 +24,6 @@ QUICK = (
     "replay from the last event on, not behind it",
     "an at_most_once call is repeated after a take-over",
 )
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-async def test_everything_breaks_and_nothing_is_lost() -> None:
-    lines: list[str] = []
-    result = await run_suite(1, SIZES["ci"], lines.append)
-    assert not result.violations, "\n".join([*lines, as_text(result)])
 
 
 @pytest.mark.slow
