@@ -60,7 +60,6 @@ class Services:
     """What the doors (api, cli, worker) use. One per process."""
 
     settings: Settings
-    role: Role
     database: Database
     reader: EventReader
     feed: Feed
@@ -186,7 +185,6 @@ async def open_services(
         drain.on_begin(feed.wake_all)
         yield Services(
             settings=settings,
-            role=role,
             database=database,
             reader=reader,
             feed=feed,

@@ -22,6 +22,7 @@ from app.kit import failpoints
 from app.kit.waiting import wait_at_most
 from app.orchestrator.announce import announce_the_forgotten
 from app.orchestrator.take_up import TakeUp
+from app.store.breakers import forget_old_announcements
 from app.store.claims import Claim, Fairness, Wanted, claim_runs, something_waits
 from app.store.database import BROKEN, REFUSED, TRANSIENT
 from app.store.keys import forget_old_keys
@@ -197,6 +198,7 @@ class Worker:
     async def _keep_house(self) -> None:
         await make_partitions(self._services.database, datetime.now(UTC).date())
         await forget_old_keys(self._services.database)
+        await forget_old_announcements(self._services.database)
 
 
 def _every(seconds: float) -> Callable[[], Awaitable[None]]:
