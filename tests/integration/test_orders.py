@@ -601,8 +601,9 @@ _dice = random.Random(11)
 
 
 async def drowsy(tool: Tool, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-    """Answers after a while that nobody can foretell: about as long as an order takes."""
-    await asyncio.sleep(_dice.uniform(0, 0.06))
+    """Answers after a while that nobody can foretell: 1 ms to 1 s, every magnitude as likely, so
+    that on any machine some calls are faster than an order and some are slower."""
+    await asyncio.sleep(0.001 * 1_000 ** _dice.random())
     await answer(tool, body, writer)
 
 
