@@ -207,13 +207,16 @@ def _rows_part(name: str, parameters: _Parameters, is_single: bool) -> str:
 
 
 def _head_parts(parameters: _Parameters) -> list[str]:
-    """Lock all heads in order, then move those that are where their writer believes them to be."""
+    """Lock all heads in order, then move those that are where their writer believes them to be.
+
+    The locks are taken head by head, in the order of the arguments: sorted, and never by a scan.
+    """
     return [
         f"""wanted as materialized (select * from unnest({parameters.arrays(_HEAD_TYPES)}) as
             w (run_id, epoch, seq, new_epoch, new_seq, status, owner, wake_at, is_progress))""",
-        """locked as materialized (select h.run_id from run_heads h join wanted w
-            on h.run_id = w.run_id and h.epoch = w.epoch and h.seq = w.seq
-            order by h.run_id for update of h)""",
+        """locked as materialized (select w.run_id from wanted w cross join lateral (
+            select from run_heads h where h.run_id = w.run_id and h.epoch = w.epoch
+            and h.seq = w.seq for update) as h)""",
         """moved as (update run_heads h set epoch = w.new_epoch, seq = w.new_seq,
             status = w.status, owner = w.owner, wake_at = w.wake_at,
             takes = case when w.is_progress then 0 else h.takes end

@@ -27,6 +27,12 @@ SESSION_SETTINGS = {
     "jit": "off",
 }
 
+HOT_SETTINGS = {
+    # Its statements are planned once, maybe while the tables are still empty, and kept: a plan
+    # that reads a whole table would read it for as long as the connection lives.
+    "enable_seqscan": "off",
+}
+
 BROKEN = (asyncpg.InternalClientError,)
 """The driver lost step with the server, by a cut at the wrong moment: it never finds it again."""
 
@@ -54,8 +60,9 @@ HotConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 async def connect(dsn: str) -> HotConnection:
     """A connection for one owner, with the time limits of every session of ours."""
+    settings = {**SESSION_SETTINGS, **HOT_SETTINGS}
     return await asyncpg.connect(
-        asyncpg_dsn(dsn), server_settings=SESSION_SETTINGS, command_timeout=10, timeout=5
+        asyncpg_dsn(dsn), server_settings=settings, command_timeout=10, timeout=5
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import asyncpg
@@ -11,8 +11,9 @@ import pytest
 
 from app.domain.run import RunStatus
 from app.journal.record import JournalRejected, KeyTaken, LeaseLost, RunHandle
-from app.kit.ids import id_at, new_id
+from app.kit.ids import id_at, new_id, run_day
 from app.store.append import HeadMove, append_batch
+from app.store.database import HotConnection, connect
 from tests.journal_kit import JournalKit, journal_kit
 
 
@@ -136,6 +137,41 @@ async def test_batches_in_opposite_order_do_not_deadlock(dsn: str) -> None:
 
         assert one | two == {handle.run_id for handle in runs}
         assert not one & two
+
+
+class Explains:
+    """A connection that tells how it would execute a statement, as one that it keeps prepared."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+        self.plan = ""
+
+    async def fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
+        await self._connection.execute("set plan_cache_mode = force_generic_plan")
+        found = await self._connection.fetch(f"explain {sql}", *arguments)
+        self.plan = "\n".join(line for [line] in found)
+        return []
+
+
+@pytest.mark.parametrize("runs", [1, 2, 32])
+async def test_an_append_that_is_planned_on_empty_tables_reads_heads_by_their_key(
+    dsn: str, runs: int
+) -> None:
+    connection = await connect(dsn)
+    explains = Explains(connection)
+    run_ids = [new_id() for _ in range(runs)]
+    try:
+        await append_batch(
+            cast(HotConnection, explains),
+            [
+                HeadMove(run_id, run_day(run_id), 1, 1, 1, 2, RunStatus.RUNNING, "w1", None)
+                for run_id in run_ids
+            ],
+        )
+    finally:
+        await connection.close()
+    reads = explains.plan.count(" on run_heads") - explains.plan.count("Update on run_heads")
+    assert reads == explains.plan.count("Index Cond: (run_id = ") >= 1
 
 
 class LosesAnswers:
