@@ -1,22 +1,24 @@
 """`python -m tests.chaos --seed N --size ci|full`: break everything, then look whether it held.
 
-Exit code: 0 nothing was violated, 1 something was (the table says what), 2 wrong arguments.
+Exit code: 0 nothing was violated, 1 something was (the table says what), 2 wrong arguments, 130 it
+was ended from outside (SIGINT, SIGTERM).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import signal
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
 from tests.chaos.plan import SIZES, make_plan
 from tests.chaos.report import as_json, as_text, write_docs
-from tests.chaos.suite import run_suite
+from tests.chaos.suite import Result, run_suite
 
 
 def main() -> int:
@@ -39,16 +41,27 @@ def main() -> int:
         return 0
     if given.logs is not None:
         given.logs.mkdir(parents=True, exist_ok=True)
-    # An end from outside takes everything down in order, too: mounts, servers, processes.
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        result = runner.run(run_suite(given.seed, size, _tell, logs=given.logs))
+        try:
+            result = runner.run(_until_told(run_suite(given.seed, size, _tell, logs=given.logs)))
+        except asyncio.CancelledError:
+            _tell("ended from outside: nothing was judged")
+            return 130
     _tell(as_text(result))
     if given.out is not None:
         given.out.write_bytes(as_json(result))
     if given.write_docs:
         write_docs(result)
     return 1 if result.violations else 0
+
+
+async def _until_told(suite: Coroutine[Any, Any, Result]) -> Result:
+    """An end from outside takes everything down in order, too: mounts, servers, processes."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    return await suite
 
 
 def _tell(line: str) -> None:

@@ -34,7 +34,10 @@ async def full_disk(rig: Rig, step: Step) -> None:
         return
     try:
         async with open_rig(
-            rig.seed, data=volume / "postgres", wal=rig.folder / f"wal-{step.choice}"
+            rig.seed,
+            app_root=rig.app_root,
+            data=volume / "postgres",
+            wal=rig.folder / f"wal-{step.choice}",
         ) as small:
             watchdog = asyncio.create_task(small.postgres.supervise())
             try:

@@ -66,6 +66,7 @@ class Rig:
     redis_proxy: FaultProxy
     tool_proxy: FaultProxy
     tool_ports: list[int]
+    app_root: Path
     links: dict[str, FaultProxy] = field(default_factory=dict)
     doors: dict[str, FaultProxy] = field(default_factory=dict)
     clock: ShiftedClock | None = None
@@ -180,6 +181,7 @@ class Rig:
 async def open_rig(
     seed: int,
     *,
+    app_root: Path | None = None,
     change: Callable[[Path], None] = lambda app: None,
     data: Path | None = None,
     wal: Path | None = None,
@@ -189,8 +191,9 @@ async def open_rig(
     """A world of its own, taken down at the end.
 
     The processes run a copy of `app/`, so that nobody edits what is being judged; `change` may
-    spoil that copy. `data`: where Postgres keeps its files, `wal`: where its write-ahead log, if
-    elsewhere. `logs`: where the output of the processes is left.
+    spoil that copy. `app_root`: the copy of another world, to be shared. `data`: where Postgres
+    keeps its files, `wal`: where its write-ahead log, if elsewhere. `logs`: where the output of the
+    processes is left.
     """
     with tempfile.TemporaryDirectory(prefix="flexrun-chaos-") as name:
         folder = Path(name)
@@ -212,9 +215,9 @@ async def open_rig(
                 "REDIS_URL": redis.url(redis_proxy.port),
                 **settings,
             }
-            fleet = Fleet(
-                logs or folder, environment, await asyncio.to_thread(_copy, folder, change)
-            )
+            if app_root is None:
+                app_root = await asyncio.to_thread(_copy, folder, change)
+            fleet = Fleet(logs or folder, environment, app_root)
             stack.push_async_callback(fleet.close)
             watcher = archive.Watcher(postgres.dsn())
             stack.push_async_callback(watcher.close)
@@ -229,6 +232,7 @@ async def open_rig(
                 redis_proxy=redis_proxy,
                 tool_proxy=tool_proxy,
                 tool_ports=tool_ports,
+                app_root=app_root,
                 clock=make_clock(folder),
             )
             yield rig
