@@ -127,11 +127,14 @@ class _GuardedBackend(httpcore.AsyncNetworkBackend):
         share = None if timeout is None else timeout / len(addresses)
         for address in addresses:
             try:
-                return await self._inner.connect_tcp(
+                stream = await self._inner.connect_tcp(
                     address, port, share, local_address, socket_options
                 )
+                _check_open(stream)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 last = error
+            else:
+                return stream
         assert last is not None
         raise last
 
@@ -145,6 +148,18 @@ class _GuardedBackend(httpcore.AsyncNetworkBackend):
 
     async def sleep(self, seconds: float) -> None:
         await self._inner.sleep(seconds)
+
+
+def _check_open(stream: httpcore.AsyncNetworkStream) -> None:
+    """Nothing was sent yet: a connection that was reset as soon as it stood was never made.
+
+    anyio has no word for it. What asks its stream for anything fails with an AttributeError, because
+    the transport has no socket any more.
+    """
+    try:
+        stream.get_extra_info("socket")
+    except AttributeError as error:
+        raise httpcore.ConnectError("the connection was reset at once") from error
 
 
 class _Body(httpx.AsyncByteStream):
