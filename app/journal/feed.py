@@ -224,6 +224,10 @@ class Feed:
                 await self._catch_up()
             except FlexrunError as error:
                 log.warning("following runs is delayed: %s", error.detail)
+            except Exception:
+                # All streams of foreign runs hang on this task: it must outlive whatever it meets.
+                log.exception("following runs failed")
+                await asyncio.sleep(POLL_S)
 
     async def _catch_up(self) -> None:
         open_channels = {r: c for r, c in self._channels.items() if not c.ended}

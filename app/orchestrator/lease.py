@@ -26,6 +26,7 @@ from app.store.leases import (
     ownerless,
     register_worker,
     renew_lease,
+    resign,
     server_clock_ms,
 )
 
@@ -51,8 +52,10 @@ class Lease:
         self._session: HotConnection | None = None
         self._good_until = 0.0
         self._renewed_at = 0.0
+        self._session_since = 0.0
         self._registered = asyncio.Event()
         self._suspects: set[str] = set()
+        self._former: list[str] = []
         self.has_company = False
         """Whether other workers took part at the last look."""
         self.worker_id = ""
@@ -84,9 +87,17 @@ class Lease:
             raise LeaseLost("the worker was registered anew")
 
     async def register(self) -> None:
-        """Take part: a new worker id, its lock and its row."""
+        """Take part: a new worker id, its lock and its row.
+
+        Who we were before is dead to us: nobody needs to wait for the end of that lease.
+        """
+        if self.worker_id:
+            self._former.append(self.worker_id)
         self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{new_id().hex[-12:]}"
         await self._open_session(insert=True)
+        if self._former:
+            await resign(self.session, self._former)
+            self._former.clear()
 
     async def _open_session(self, *, insert: bool) -> None:
         started = time.monotonic()
@@ -102,6 +113,7 @@ class Lease:
         self._session = session
         self._good_until = started + FENCE_S
         self._renewed_at = started
+        self._session_since = started
         self._registered.set()
         if insert:
             if self._sole_user:
@@ -134,14 +146,18 @@ class Lease:
         """Owners whose runs may be taken: their lease is over, their lock was free twice, or they
         are no worker any more.
 
-        The lock only counts on the same Postgres server start: after a restart all locks are free.
+        After a restart of Postgres all locks are free, so they do not count before their owner is
+        back. Neither does a lease that could not be renewed while the server was away, until its
+        owner had the time to come back in which we could have.
         """
         others = await other_workers(self.session, self.worker_id)
         self.has_company = bool(others)
+        all_are_back = time.monotonic() - self._session_since >= FENCE_S
+        over = {w.worker_id for w in others if w.lease_over and (w.same_server or all_are_back)}
         free = {w.worker_id for w in others if w.lock_free and w.same_server}
-        dead = [w.worker_id for w in others if w.lease_over or w.worker_id in free & self._suspects]
+        dead = over | free & self._suspects
         self._suspects = free
-        return dead + await ownerless(self.session)
+        return sorted(dead) + await ownerless(self.session)
 
     @property
     def suspects_somebody(self) -> bool:

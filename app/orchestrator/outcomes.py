@@ -193,7 +193,7 @@ def event_limit(events_max: int) -> Event:
     return run_failed("event_limit", f"A run has at most {events_max} events.")
 
 
-def run_failed(code: str, message: str) -> Event:
-    """RUN_FAILED for a reason that is not a failed node."""
-    data = {"error": error_data(code, message), "failed_nodes": []}
+def run_failed(code: str, message: str, **more: Any) -> Event:
+    """RUN_FAILED for a reason that is not a failed node. `more` goes into the error."""
+    data = {"error": error_data(code, message, **more), "failed_nodes": []}
     return Event(EventType.RUN_FAILED, data, level=Level.ERROR)

@@ -188,7 +188,8 @@ def _opening_events(claim: Claim, state: RunState) -> tuple[list[Event], list[st
             f"{claim.takes} workers in a row were lost while they drove this run, without any "
             "progress in between; it is not tried again."
         )
-        return [run_failed("poison_run", message)], []
+        lost = claim.lost_workers[-claim.takes :]
+        return [run_failed("poison_run", message, lost_workers=lost)], []
     if state.status is RunStatus.QUEUED:
         plans = () if state.plan is not None else state.plans.values()
         return [Event(EventType.RUN_START, {}), *(plan_generated(p, None) for p in plans)], []

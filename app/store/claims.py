@@ -32,7 +32,8 @@ TAKES_MAX = 3
 class Claim:
     """A run that is ours now, under a new epoch. `from_worker` is who held it before, if anyone.
 
-    `takes` counts the workers that were lost while they held it, since its last progress.
+    `takes` counts the workers that were lost while they held it, since its last progress; they are
+    the last of `lost_workers`.
     """
 
     run_id: UUID
@@ -42,6 +43,7 @@ class Claim:
     status: str
     lane: str
     takes: int
+    lost_workers: list[str]
     from_worker: str | None
     finish: float
     """Where it stood in the line of the claim; those under way stand before all queued ones."""
@@ -145,10 +147,13 @@ chosen as (
     join run_heads h using (run_id))
 update run_heads h
 set owner = $1, epoch = h.epoch + 1, wake_at = null,
-    takes = h.takes + (c.owner <> $1 and c.owner is not null)::int
+    takes = h.takes + (c.owner <> $1 and c.owner is not null)::int,
+    lost_workers = case when c.owner <> $1
+        then h.lost_workers[cardinality(h.lost_workers) - h.takes + 1:] || c.owner
+        else h.lost_workers end
 from chosen c where h.run_id = c.run_id
-returning h.run_id, h.tenant_id, h.epoch, h.seq, h.status, h.lane, h.takes, c.owner,
-    c.finish, coalesce(c.wake_at = 'epoch', false)"""
+returning h.run_id, h.tenant_id, h.epoch, h.seq, h.status, h.lane, h.takes,
+    h.lost_workers, c.owner, c.finish, coalesce(c.wake_at = 'epoch', false)"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,11 @@ class Database:
             pool_timeout=5,
             pool_pre_ping=True,
             hide_parameters=True,  # errors in the log must not quote what callers sent
-            connect_args={"server_settings": SESSION_SETTINGS, "command_timeout": 30},
+            connect_args={
+                "server_settings": SESSION_SETTINGS,
+                "timeout": 5,
+                "command_timeout": 10,
+            },
         )
         return cls(dsn, engine)
 

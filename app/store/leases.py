@@ -58,6 +58,11 @@ async def forget_earlier_workers(connection: HotConnection) -> None:
     await connection.execute("delete from workers where pg_start <> pg_postmaster_start_time()")
 
 
+async def resign(connection: HotConnection, worker_ids: list[str]) -> None:
+    """They are no workers any more: what they still own can be claimed at once."""
+    await connection.execute("delete from workers where worker_id = any($1::text[])", worker_ids)
+
+
 async def renew_lease(connection: HotConnection, worker_id: str) -> bool:
     """One row, without waiting for the disk: losing a renewal in a crash only shortens a lease."""
     async with connection.transaction():
@@ -90,7 +95,7 @@ async def leave(connection: HotConnection, worker_id: str) -> int:
         where owner = $1""",
         worker_id,
     )
-    await connection.execute("delete from workers where worker_id = $1", worker_id)
+    await resign(connection, [worker_id])
     return int(str(status).rpartition(" ")[2])
 
 

@@ -8,6 +8,7 @@ of the run id, so that every query of a run touches one partition only.
 from __future__ import annotations
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Column,
     Date,
@@ -48,7 +49,8 @@ run_heads = Table(
     Column("epoch", Integer, nullable=False),  # fencing number of the lease: in every write
     Column("seq", Integer, nullable=False),  # seq of the last event
     Column("owner", Text),  # the worker that drives it, null when nobody does
-    Column("takes", SmallInteger, nullable=False),  # claims since the last progress
+    Column("takes", SmallInteger, nullable=False),  # workers lost since the last progress
+    Column("lost_workers", ARRAY(Text), nullable=False),  # the last of them are those of `takes`
     Column("wake_at", DateTime(timezone=True)),  # when a parked run wants to be claimed
     Column("status", Text, nullable=False),
     Column("lane", Text, nullable=False),

@@ -20,6 +20,8 @@ STATEMENTS = (
     """create index run_heads_due on run_heads (wake_at)
     where owner is null and wake_at is not null""",
     "drop index run_heads_unfinished",
+    # The workers that `takes` counts, for who asks why a run was given up.
+    "alter table run_heads add column lost_workers text[] not null default '{}'",
     """alter table runs
     add column resumed_from uuid,
     add column resumed_from_seq integer,

@@ -39,8 +39,6 @@ def main() -> int:
                 for step in lane:
                     _tell(f"{phase.name}: {step.fault} {step.choice} {step.amount}")
         return 0
-    if given.logs is not None:
-        given.logs.mkdir(parents=True, exist_ok=True)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             result = runner.run(_until_told(run_suite(given.seed, size, _tell, logs=given.logs)))

@@ -137,19 +137,13 @@ class Checker:
             yield "a run that kills nobody was taken for poison"
 
     def _was_hit(self, run: RunRecord) -> bool:
-        """Whether the suite hit workers that the run lost since its last progress.
+        """Whether the suite hit one of the workers that the run lost since its last progress.
 
-        Three losses in a row look like poison to everybody. A worker that was hit before it wrote
-        anything of the run has left no event.
+        Three losses in a row look like poison to everybody, and the first of them may have been by
+        a neighbour that is poison.
         """
-        lost = []
-        for row in reversed(run.rows[:-1]):
-            if row.type not in ("RUN_RECOVERED", "NODE_BLOCKED"):
-                break
-            if row.type == "RUN_RECOVERED":
-                lost.append(_pid(row.data["from_worker"]))
-        struck = self.around.struck
-        return bool(struck) and (not lost or not struck.isdisjoint(lost))
+        lost = run.rows[-1].data["error"]["lost_workers"]
+        return len(lost) == 3 and not self.around.struck.isdisjoint(map(_pid, lost))
 
     def _progress(self, run: RunRecord) -> Iterator[str]:
         """I26: in the end every run is over, or waits for a human who was never asked to answer."""

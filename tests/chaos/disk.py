@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.chaos.plan import Step
 from tests.chaos.rig import LOOK_S, Rig, open_rig
 from tests.chaos.wire import Broken, ask
-from tests.chaos.workload import order
+from tests.chaos.workload import Order, order
 
 VOLUME = "160m"
 REFUSED_WITHIN_S = 60.0
@@ -36,6 +36,7 @@ async def full_disk(rig: Rig, step: Step) -> None:
         async with open_rig(
             rig.seed,
             app_root=rig.app_root,
+            logs=rig.fleet.folder / "disk",
             data=volume / "postgres",
             wal=rig.folder / f"wal-{step.choice}",
         ) as small:
@@ -65,11 +66,14 @@ async def _fill_and_free(small: Rig, ballast: Path) -> None:
         await asyncio.sleep(LOOK_S)
     _fill(ballast)
     try:
-        await _refused(small)
+        extra = await _refused(small)
         await asyncio.sleep(FULL_S)
     finally:
         os.unlink(ballast)
-    await asyncio.gather(*lives)
+        # No lease could be renewed: whoever was too late for that gave its runs up.
+        for slot in small.fleet.drivers():
+            small.fleet.strike(slot)
+    await asyncio.gather(*lives, *(small.clients.live(order) for order in extra))
     await small.settle()
 
 
@@ -84,15 +88,17 @@ def _fill(ballast: Path) -> None:
                 continue
 
 
-async def _refused(small: Rig) -> None:
-    """POST new work until it is refused as the API promises; what is accepted counts as well."""
+async def _refused(small: Rig) -> list[Order]:
+    """POST new work until it is refused as the API promises; what was sent, accepted or not."""
     port = small.fleet.apis()[0].port
     number = 10_000
+    sent: list[Order] = []
     try:
         async with asyncio.timeout(REFUSED_WITHIN_S):
             while True:
                 number += 1
                 extra = order(small.seed, number)
+                sent.append(extra)
                 headers = {"Idempotency-Key": extra.key}
                 try:
                     answer = await ask(port, "POST", "/v1/runs", extra.envelope, headers)
@@ -100,9 +106,10 @@ async def _refused(small: Rig) -> None:
                     continue
                 if answer.status == 503 and answer.is_problem and "retry-after" in answer.headers:
                     small.clients.log.unavailable += 1
-                    return
+                    return sent
                 if answer.status >= 500:
                     small.report("I20 full disk", f"POST answered {answer.status} {answer.body!r}")
-                    return
+                    return sent
     except TimeoutError:
         small.report("I20 full disk", "a full disk never refused a POST")
+    return sent

@@ -24,6 +24,7 @@ LEASE_S = 10.0
 TAKE_OVER_S = 30.0
 BUSY_WITHIN_S = 5.0
 OUTAGE_OF_A_LEASE_S = 5.0
+COMES_BACK_S = 5.0
 
 
 async def _choose(rig: Rig, step: Step, candidates: Callable[[], list[Slot]]) -> Slot:
@@ -53,12 +54,15 @@ async def _drain(rig: Rig, step: Step) -> None:
 
 
 async def _kill_postgres(rig: Rig, step: Step) -> None:
-    """Down for `amount` seconds. A database that is away for as long as a lease disturbs all."""
-    started = time.monotonic()
+    """Down for `amount` seconds. A database that is away for as long as a lease disturbs all, and
+    so do several outages in which nobody had the time to come back."""
+    if time.monotonic() - rig.postgres_up_at > COMES_BACK_S:
+        rig.postgres_down_since = time.monotonic()
     rig.postgres.kill()
     await asyncio.sleep(step.amount)
     await rig.postgres.start()
-    if time.monotonic() - started > OUTAGE_OF_A_LEASE_S:
+    rig.postgres_up_at = time.monotonic()
+    if rig.postgres_up_at - rig.postgres_down_since > OUTAGE_OF_A_LEASE_S:
         _disturb_all(rig)
 
 

@@ -81,7 +81,7 @@ class Fleet:
         self.disturbed: set[int] = set()
         self.struck: set[int] = set()
         self.kills: Counter[str] = Counter()
-        self._folder = folder
+        self.folder = folder
         self._app_root = app_root
         self._environment = {**clean_environment(app_root), **environment}
         self._is_closing = False
@@ -132,7 +132,7 @@ class Fleet:
 
     async def _spawn(self, slot: Slot) -> None:
         slot.lives += 1
-        slot.log = self._folder / f"{slot.name}-{slot.lives}.log"
+        slot.log = self.folder / f"{slot.name}-{slot.lives}.log"
         where = ("--host", "127.0.0.1", "--port", str(slot.port))
         once, slot.once = slot.once, {}
         with slot.log.open("ab") as log:

@@ -28,7 +28,7 @@ from tests.chaos.checker import Checker, Violation
 from tests.chaos.clients import Clients
 from tests.chaos.clock import ShiftedClock, make_clock
 from tests.chaos.fleet import COMMAND, Fleet, Slot, clean_environment
-from tests.chaos.history import WAITING
+from tests.chaos.history import WAITING, RunRecord
 from tests.chaos.ledger import read_ledgers
 from tests.chaos.proxy import FaultProxy
 from tests.chaos.servers import ChaosPostgres, ChaosRedis
@@ -70,6 +70,8 @@ class Rig:
     links: dict[str, FaultProxy] = field(default_factory=dict)
     doors: dict[str, FaultProxy] = field(default_factory=dict)
     clock: ShiftedClock | None = None
+    postgres_up_at: float = 0.0
+    postgres_down_since: float = 0.0
     frozen_at_once: int = 1
     dead_clients: int = 20
     zombies: int = 0
@@ -167,7 +169,10 @@ class Rig:
             checker = Checker(self.clients.log, around, list(self.violations))
             ledger = read_ledgers(self.folder)
             async for run in archive.runs(connection, self.clients.log, ledger, self.watcher):
+                known = len(checker.violations)
                 checker.judge(run)
+                if len(checker.violations) > known:
+                    self._keep(run)
             checker.finish()
             if not await archive.refuses_change(connection):
                 what = "the database lets stored events be changed"
@@ -175,6 +180,11 @@ class Rig:
         finally:
             await connection.close()
         return checker
+
+    def _keep(self, run: RunRecord) -> None:
+        """The journal of a run that something is wrong with, beside the output of processes."""
+        path = self.fleet.folder / f"run-{run.run_id}.jsonl"
+        path.write_bytes(b"".join(row.body + b"\n" for row in run.rows))
 
 
 @asynccontextmanager
@@ -198,6 +208,8 @@ async def open_rig(
     with tempfile.TemporaryDirectory(prefix="flexrun-chaos-") as name:
         folder = Path(name)
         os.chmod(folder, 0o755)
+        if logs is not None:
+            os.makedirs(logs, exist_ok=True)
         async with contextlib.AsyncExitStack() as stack:
             postgres = ChaosPostgres(data or folder / "postgres", wal)
             stack.callback(postgres.stop)

@@ -299,7 +299,14 @@ def test_a_run_that_can_not_be_read_is_a_violation() -> None:
 
 FAILED: Written = (
     *(EventType.RUN_FAILED, None, None),
-    {"error": {"code": "poison_run", "message": "x"}, "failed_nodes": []},
+    {
+        "error": {
+            "code": "poison_run",
+            "message": "x",
+            "lost_workers": ["host:75:a", "host:76:b", "host:77:c"],
+        },
+        "failed_nodes": [],
+    },
 )
 
 

@@ -293,6 +293,8 @@ async def test_a_run_that_kills_its_workers_is_given_up_and_harms_nobody(dsn: st
     journals = await check(dsn, log, tool.ledger)
     failed = journals[run_id][-1]["data"]["error"]
     assert failed["code"] == "poison_run"
+    lost = [int(worker_id.split(":")[-2]) for worker_id in failed["lost_workers"]]
+    assert lost == victims
     assert len(tool.calls(run_id, "B")) == 3
     for neighbour in neighbours:
         assert len(tool.calls(neighbour, "A")) == 1

@@ -324,7 +324,7 @@ def test_fairness_depends_on_what_was_taken_and_not_on_the_order_it_came_in(
 
 def _taken(lane: str, tenant: str, finish: float, is_new: bool, *, place: int) -> Claim:
     owner = None if is_new else "dead"
-    return Claim(run_id(0), tenant, 1, 1, "queued", lane, 0, owner, finish + place * 100)
+    return Claim(run_id(0), tenant, 1, 1, "queued", lane, 0, [], owner, finish + place * 100)
 
 
 @given(waiting=st.lists(st.sets(st.sampled_from(["interactive", "standard"])), max_size=120))

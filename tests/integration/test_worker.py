@@ -12,7 +12,7 @@ import pytest
 
 from app import worker as worker_module
 from app.kit.ids import new_id
-from app.orchestrator.lease import Lease
+from app.orchestrator.lease import FENCE_S, Lease
 from app.store.claims import Claim, Fairness, Wanted, claim_runs
 from app.store.database import connect
 from app.store.leases import forget_workers, leave, register_worker
@@ -120,8 +120,31 @@ class TestWhoIsDead:
             "update workers set lease_until = now() - interval '1 s' where worker_id = 'over'"
         )
         for _ in range(3):
+            assert await lease.dead_workers() == [], "they may be about to come back"
+        lease._session_since -= FENCE_S
+        for _ in range(3):
             assert await lease.dead_workers() == ["over"]
         await lease.close()
+
+    async def test_who_comes_back_under_another_name_lets_its_runs_go_at_once(
+        self, dsn: str
+    ) -> None:
+        lease, other = (Lease(lambda: connect(dsn)) for _ in range(2))
+        await lease.register()
+        await other.register()
+        before = lease.worker_id
+        await other.session.execute(
+            """insert into run_heads (run_id, tenant_id, epoch, seq, owner, status, lane)
+            values ($1, 'default', 1, 1, $2, 'running', 'standard')""",
+            new_id(),
+            before,
+        )
+        assert await other.dead_workers() == []
+        await lease.close()
+        await lease.register()
+        assert await other.dead_workers() == [before]
+        await lease.close()
+        await other.close()
 
     async def test_an_owner_that_is_no_worker_is_dead_until_it_owns_nothing(self, dsn: str) -> None:
         lease = Lease(lambda: connect(dsn))
@@ -250,7 +273,8 @@ class TestPoison:
         events = await service.events(run_id)
 
         assert events[-1].event == "RUN_FAILED"
-        assert events[-1].json["data"]["error"]["code"] == "poison_run"
+        error = events[-1].json["data"]["error"]
+        assert (error["code"], error["lost_workers"]) == ("poison_run", [DEAD])
         assert "3 workers" in events[-1].json["data"]["error"]["message"]
         assert len(tool.calls(run_id, "B")) == 1, "it is not called once more"
         head = await head_of(service, run_id)

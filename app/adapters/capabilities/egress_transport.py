@@ -153,8 +153,8 @@ class _GuardedBackend(httpcore.AsyncNetworkBackend):
 def _check_open(stream: httpcore.AsyncNetworkStream) -> None:
     """Nothing was sent yet: a connection that was reset as soon as it stood was never made.
 
-    anyio has no word for it. What asks its stream for anything fails with an AttributeError, because
-    the transport has no socket any more.
+    anyio has no word for it: what asks its stream for anything fails with an AttributeError,
+    because the transport has no socket any more.
     """
     try:
         stream.get_extra_info("socket")
