@@ -36,6 +36,8 @@ LOOK_EVERY_S = 0.5
 SECOND_LOOK_S = 0.25
 CONTENDED_S = 0.01
 CLAIM_MAX = 50
+LOADING_MAX = 32
+"""Runs that are read from the journal at once: requests need connections as well."""
 PROBATION_S = 10.0
 SWEEP_EVERY_S = 2.0
 HOUSEKEEPING_EVERY_S = 3600.0
@@ -48,7 +50,7 @@ class Worker:
         self._services = services
         self._lease = services.lease
         self._runner = services.runner
-        self._take_up = TakeUp(services.reader, services.runner, services.lease)
+        self._take_up = TakeUp(services.reader, services.runner, services.lease, self._loaded)
         self._fairness = Fairness()
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -57,7 +59,7 @@ class Worker:
         self._strays: list[UUID] = []
         self._look_at = 0.0
         self._suspect: tuple[UUID, float] | None = None
-        self._runner.on_free = self._runner.drive.nudge = self.nudge
+        self._runner.on_free = self._runner.drive.nudge = self._lease.on_lost = self.nudge
 
     def nudge(self) -> None:
         """There may be something to take: look now."""
@@ -94,8 +96,10 @@ class Worker:
         if self._lease.fenced:
             log.error("the lease of %s ran out, letting all runs go", self._lease.worker_id)
             self._services.metrics.lease_losses += 1
+            await self._take_up.abandon()
             await self._runner.abandon()
-            await self._lease.close()
+            await self._lease.forget_ourselves()
+        if not self._lease.worker_id:
             await self._lease.register()
         try:
             await self._lease.renew()
@@ -136,9 +140,15 @@ class Worker:
         for signal in await signals_for(self._lease.session, self._lease.worker_id):
             self._runner.deliver(signal)
 
+    def _loaded(self) -> None:
+        if self._take_up.count == LOADING_MAX - 1:
+            self.nudge()  # claims have waited for it
+
     # --- claims -----------------------------------------------------------------------------------
 
     async def _claim(self) -> None:
+        if self._take_up.count >= LOADING_MAX:
+            return  # it nudges when one of them is loaded
         room = self._runner.room - self._take_up.count
         if room > 0:
             wanted = Wanted(
@@ -149,7 +159,8 @@ class Worker:
                 not_these=list(self._runner.handed_off),
             )
         elif self._runner.accepting:
-            wanted = Wanted(CLAIM_MAX, CLAIM_MAX, [], [], [], only_cancelled=True)
+            handed_off = list(self._runner.handed_off)
+            wanted = Wanted(CLAIM_MAX, CLAIM_MAX, [], [], handed_off, only_cancelled=True)
         else:
             return
         failpoints.hit("claim.before_commit")

@@ -26,6 +26,9 @@ class ErrorData(EventData):
 
     code: str
     message: str
+    lost_workers: list[str] | None = Field(
+        None, description="Of `poison_run`: the workers that were lost while they drove the run."
+    )
 
 
 class FaultData(EventData):

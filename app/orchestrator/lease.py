@@ -33,6 +33,8 @@ from app.store.leases import (
 log = logging.getLogger("flexrun.lease")
 
 RENEW_EVERY_S = 3.0
+RENEW_WITHIN_S = 2.5
+"""A session that does not answer must be replaced while there is time before `FENCE_S`."""
 FENCE_S = 7.0
 
 
@@ -56,6 +58,8 @@ class Lease:
         self._registered = asyncio.Event()
         self._suspects: set[str] = set()
         self._former: list[str] = []
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called when the lock session ended without us."""
         self.has_company = False
         """Whether other workers took part at the last look."""
         self.worker_id = ""
@@ -69,6 +73,13 @@ class Lease:
     def fenced(self) -> bool:
         """Too long without a renewal: whatever we drove may belong to others now."""
         return bool(self.worker_id) and time.monotonic() >= self._good_until
+
+    async def forget_ourselves(self) -> None:
+        """We are no worker any more, until `register` makes us another one."""
+        self._former.append(self.worker_id)
+        self.worker_id = ""
+        self._good_until = 0.0
+        await self.close()
 
     @property
     def session(self) -> HotConnection:
@@ -89,38 +100,50 @@ class Lease:
     async def register(self) -> None:
         """Take part: a new worker id, its lock and its row.
 
-        Who we were before is dead to us: nobody needs to wait for the end of that lease.
+        Who we were before is no worker any more: nobody needs to wait for the end of that lease.
         """
-        if self.worker_id:
-            self._former.append(self.worker_id)
-        self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{new_id().hex[-12:]}"
-        await self._open_session(insert=True)
+        worker_id = f"{socket.gethostname()}:{os.getpid()}:{new_id().hex[-12:]}"
+        await self._open_session(worker_id)
+        self.worker_id = worker_id
+        self._registered.set()
+        log.info("worker %s takes part", worker_id)
         if self._former:
             await resign(self.session, self._former)
             self._former.clear()
 
-    async def _open_session(self, *, insert: bool) -> None:
+    async def _open_session(self, worker_id: str) -> None:
         started = time.monotonic()
         session = await self._connect()
-        lock_key = _lock_key(self.worker_id)
-        taken = await register_worker(
-            session, self.worker_id, self._role, lock_key, socket.gethostname(), os.getpid()
-        )
-        if not taken:
-            await session.close(timeout=2)
-            raise ConnectionError("our advisory lock is still held by the old session")
-        await _follow_server_clock(session)
-        self._session = session
-        self._good_until = started + FENCE_S
-        self._renewed_at = started
-        self._session_since = started
-        self._registered.set()
-        if insert:
+        try:
+            taken = await register_worker(
+                session,
+                worker_id,
+                self._role,
+                _lock_key(worker_id),
+                socket.gethostname(),
+                os.getpid(),
+            )
+            if not taken:
+                raise ConnectionError("our advisory lock is still held by the old session")
+            await _follow_server_clock(session)
             if self._sole_user:
                 # Once, at the start: whoever comes later may share the server with others by then.
                 await forget_earlier_workers(session)
                 self._sole_user = False
-            log.info("worker %s takes part", self.worker_id)
+        except BaseException:
+            session.terminate()  # it may hold the lock, which would keep us out
+            raise
+        session.add_termination_listener(self._session_ended)
+        self._session = session
+        self._good_until = started + FENCE_S
+        self._renewed_at = started
+        self._session_since = started
+
+    def _session_ended(self, session: object) -> None:
+        """Others may see our lock free by now: start nothing until we have it again."""
+        if session is self._session:
+            self._registered.clear()
+            self.on_lost()
 
     async def renew(self) -> None:
         """Renew when it is time; open a new lock session when the old one was lost.
@@ -130,17 +153,24 @@ class Lease:
         """
         if self._session is None or self._session.is_closed():
             self._registered.clear()
-            await self._open_session(insert=False)
+            await self._open_session(self.worker_id)
+            self._registered.set()
         elif time.monotonic() - self._renewed_at >= RENEW_EVERY_S:
             started = time.monotonic()
-            if not await renew_lease(self._session, self.worker_id):
+            try:
+                async with asyncio.timeout(RENEW_WITHIN_S):
+                    is_renewed = await renew_lease(self._session, self.worker_id)
+                    await _follow_server_clock(self._session)
+            except TimeoutError:
+                self.lose_session()
+                raise
+            if is_renewed:
+                self._good_until = started + FENCE_S
+                self._renewed_at = started
+            else:
                 # Postgres was restarted, or somebody took us for dead and removed the row.
                 self._registered.clear()
                 await self._session.close(timeout=2)
-                return
-            self._good_until = started + FENCE_S
-            self._renewed_at = started
-            await _follow_server_clock(self._session)
 
     async def dead_workers(self) -> list[str]:
         """Owners whose runs may be taken: their lease is over, their lock was free twice, or they
@@ -157,7 +187,7 @@ class Lease:
         free = {w.worker_id for w in others if w.lock_free and w.same_server}
         dead = over | free & self._suspects
         self._suspects = free
-        return sorted(dead) + await ownerless(self.session)
+        return sorted(dead) + await ownerless(self.session, self.worker_id)
 
     @property
     def suspects_somebody(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from uuid import UUID
@@ -29,7 +29,7 @@ class Runner:
         self.runs_max = runs_max
         self._backlog_max = backlog_max
         self._driven: dict[UUID, tuple[DrivenRun, asyncio.Task[None]]] = {}
-        self._backlog: deque[tuple[UUID, Callable[[], DrivenRun]]] = deque()
+        self._backlog: OrderedDict[UUID, Callable[[], DrivenRun]] = OrderedDict()
         self.accepting = True
         self.handed_off: set[UUID] = set()  # queued runs that this process will drive itself
         self.on_free: Callable[[], None] = lambda: None
@@ -54,6 +54,8 @@ class Runner:
         """
         run_id = run.handle.run_id
         if (earlier := self._driven.get(run_id)) is not None:
+            if earlier[0].handle.epoch > run.handle.epoch:
+                return  # it took long to load, and was claimed again in the meantime
             earlier[1].cancel()  # of an older epoch: somebody else held the run in between
         task = asyncio.create_task(drive_run(run, self.drive))
         self._driven[run_id] = (run, task)
@@ -64,7 +66,7 @@ class Runner:
         if self.room > 0:
             self.start(make())
         elif self.runs_max and len(self._backlog) < self._backlog_max:
-            self._backlog.append((run_id, make))
+            self._backlog[run_id] = make
         else:
             self.handed_off.discard(run_id)  # not for us: any worker may claim it
 
@@ -76,12 +78,13 @@ class Runner:
         """
         if (driven := self._driven.get(signal.run_id)) is not None:
             driven[0].receive(signal)
-        elif signal.run_id in self.handed_off:
-            make = next((make for run_id, make in self._backlog if run_id == signal.run_id), None)
-            if make is not None:
-                run = make()
-                run.receive(signal)
-                self.start(run)
+        elif (
+            signal.run_id in self.handed_off
+            and (make := self._backlog.pop(signal.run_id, None)) is not None
+        ):
+            run = make()
+            run.receive(signal)
+            self.start(run)
 
     def is_suspect(self, run_id: UUID) -> bool:
         """Whether the run is driven here, lost workers before and has made no progress since."""
@@ -94,7 +97,7 @@ class Runner:
             del self._driven[run_id]
             self.handed_off.discard(run_id)
         while self._backlog and self.room > 0:
-            waiting_id, make = self._backlog.popleft()
+            waiting_id, make = self._backlog.popitem(last=False)
             if waiting_id in self.handed_off and waiting_id not in self._driven:
                 self.start(make())  # else it was claimed or started in the meantime
         if was_full and self.room > 0:

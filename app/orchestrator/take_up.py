@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from functools import partial
 from uuid import UUID
 
@@ -51,10 +52,13 @@ TRY_AGAIN_S = 0.5
 class TakeUp:
     """Takes up what a worker claimed. `count` are runs that are read but not driven yet."""
 
-    def __init__(self, reader: EventReader, runner: Runner, lease: Lease) -> None:
+    def __init__(
+        self, reader: EventReader, runner: Runner, lease: Lease, on_loaded: Callable[[], None]
+    ) -> None:
         self._reader = reader
         self._runner = runner
         self._lease = lease
+        self._on_loaded = on_loaded
         self._tasks: dict[UUID, asyncio.Task[None]] = {}
 
     @property
@@ -67,6 +71,12 @@ class TakeUp:
     async def ended(self) -> None:
         """Until everything that was claimed is driven or given up."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def abandon(self) -> None:
+        """Start none of those that are being read: our claims may not hold any more."""
+        for task in self._tasks.values():
+            task.cancel()
+        await self.ended()
 
     async def all(self, connection: HotConnection, claims: list[Claim]) -> None:
         """Take them all up. Raises what the database raises; what was not reached is a stray."""
@@ -84,21 +94,23 @@ class TakeUp:
                 self._tasks[claim.run_id] = task
                 task.add_done_callback(partial(self._ended, claim.run_id))
 
-    def _ended(self, run_id: UUID, _task: asyncio.Task[None]) -> None:
-        self._tasks.pop(run_id, None)
+    def _ended(self, run_id: UUID, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(run_id) is task:
+            del self._tasks[run_id]
+        self._on_loaded()
 
     def _start_new(self, claim: Claim, row: NewlyClaimed, signals: list[Signal]) -> bool:
         """Start a run of which the journal holds nothing but RUN_QUEUED. False: read it whole."""
         try:
             envelope = Envelope.model_validate_json(row.envelope)
             plans = {version: plan_from_dict(orjson.loads(body)) for version, body in row.plans}
+            queued_at = created_ms(claim.run_id)
+            state = RunState(
+                str(claim.run_id), plans, queued_at=queued_at, seq=claim.seq, last_ts=queued_at
+            )
+            run = self._driven(claim, state, envelope, row.traceparent.split("-")[1])
         except Exception:
             return False  # the long way finds out, and ends a run that can not be read
-        queued_at = created_ms(claim.run_id)
-        state = RunState(
-            str(claim.run_id), plans, queued_at=queued_at, seq=claim.seq, last_ts=queued_at
-        )
-        run = self._driven(claim, state, envelope, row.traceparent.split("-")[1])
         self._start(run, signals)
         return True
 
@@ -147,7 +159,7 @@ class TakeUp:
             recorded_seq=claim.seq,
             recorded_epoch=claim.epoch,
         )
-        events, recall = _opening_events(claim, state)
+        events, recall = _opening_events(claim, state, self._lost_by(claim))
         return DrivenRun(
             handle=handle,
             state=state,
@@ -161,6 +173,12 @@ class TakeUp:
             durable_seq=claim.seq,
             takes=claim.takes,
         )
+
+    def _lost_by(self, claim: Claim) -> str | None:
+        """Who drove the run before. Our own stray was never ours to lose: whoever had it before."""
+        if claim.from_worker != self._lease.worker_id:
+            return claim.from_worker
+        return claim.lost_workers[-1] if claim.takes else None
 
     async def _fail_unreadable(self, claim: Claim) -> None:
         """Rows that this version can not read: end the run instead of holding it for ever."""
@@ -181,7 +199,9 @@ class TakeUp:
             log.error("run %s could not be failed: %s", claim.run_id, type(error).__name__)
 
 
-def _opening_events(claim: Claim, state: RunState) -> tuple[list[Event], list[str]]:
+def _opening_events(
+    claim: Claim, state: RunState, lost_by: str | None
+) -> tuple[list[Event], list[str]]:
     """What the journal must say before the run goes on, and which attempts are called again."""
     if claim.takes >= TAKES_MAX:
         message = (
@@ -198,5 +218,5 @@ def _opening_events(claim: Claim, state: RunState) -> tuple[list[Event], list[st
     was_parked = claim.from_worker is None and not (is_running and claim.handed_over)
     if was_parked and not blocked and not again:
         return [], []  # in order: nothing was lost
-    data = {"epoch": claim.epoch, "from_worker": claim.from_worker, "called_again": again}
+    data = {"epoch": claim.epoch, "from_worker": lost_by, "called_again": again}
     return [Event(EventType.RUN_RECOVERED, data, level=Level.WARN), *blocked], again

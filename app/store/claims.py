@@ -128,6 +128,7 @@ signalled as (
     where h.run_id in (select s.run_id from signals s
             where s.outcome is null and (s.kind = 'cancel' or not $12))
         and h.owner is null and {_UNFINISHED} and (h.takes = 0 or $6 > 0)
+        and h.run_id <> all($4::uuid[])
     order by h.run_id limit $5 for update skip locked),
 claimable as (
     select run_id, max(takes) as takes, min(finish) as finish from (

@@ -115,16 +115,18 @@ async def other_workers(connection: HotConnection, worker_id: str) -> list[Worke
     return [WorkerRow(*row) for row in rows]
 
 
-async def ownerless(connection: HotConnection) -> list[str]:
-    """Owners of runs that are no worker any more: their row was forgotten while they were away."""
+async def ownerless(connection: HotConnection, worker_id: str) -> list[str]:
+    """Other owners of runs that are no worker any more: their row was forgotten while they were
+    away."""
     rows = await connection.fetch(
         """with recursive owners as (
             (select owner from run_heads where owner is not null order by owner limit 1)
             union all
             select (select h.owner from run_heads h where h.owner > o.owner
                     order by h.owner limit 1) from owners o where o.owner is not null)
-        select owner from owners o where owner is not null
-        and not exists (select from workers w where w.worker_id = o.owner)"""
+        select owner from owners o where owner is not null and owner <> $1
+        and not exists (select from workers w where w.worker_id = o.owner)""",
+        worker_id,
     )
     return [row[0] for row in rows]
 

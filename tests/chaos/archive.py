@@ -30,7 +30,10 @@ from tests.chaos.history import (
 PAGE_RUNS = 200
 LOOK_S = 0.5
 PATIENCE_S = 60.0
-AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
+AWAY = (
+    *(OSError, TimeoutError),
+    *(asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError),
+)
 
 
 class Watcher:
@@ -49,6 +52,10 @@ class Watcher:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+
+    @property
+    def is_watching(self) -> bool:
+        return self._task is not None and not self._task.done()
 
     async def _watch(self) -> None:
         while True:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tests.chaos.history import STATUS_OF_END, WAITING, ClientLog, RunRecord, Surroundings
-from tests.chaos.rules import POISON, RUN_RULES
+from tests.chaos.rules import POISON, PROGRESS, RUN_RULES
 
 BREAKER_EVENTS = {
     "BREAKER_TRIPPED": "tripped",
@@ -51,16 +51,19 @@ class Checker:
     def judge(self, run: RunRecord) -> None:
         """All rules that concern this run alone, and its share of the others."""
         self._seen.add(run.run_id)
-        for name, rule in RUN_RULES.items():
+        rules = {
+            **RUN_RULES,
+            "I14 cancel reaches": self._cancels,
+            "I19 poison": self._poison,
+            "I26 progress": self._progress,
+            "I15 no early steal": self._steals,
+            "counted": self._count,
+        }
+        for name, rule in rules.items():
             try:
                 self._add(name, run.run_id, rule(run))
             except Exception as error:
                 self._add(name, run.run_id, iter([f"can not be judged: {error!r}"]))
-        self._add("I14 cancel reaches", run.run_id, self._cancels(run))
-        self._add("I19 poison", run.run_id, self._poison(run))
-        self._add("I26 progress", run.run_id, self._progress(run))
-        self._add("I15 no early steal", run.run_id, self._steals(run))
-        self._count(run)
 
     def finish(self) -> list[Violation]:
         """What needs to know all runs. Returns all violations."""
@@ -75,7 +78,8 @@ class Checker:
     def _add(self, rule: str, run_id: str, found: Iterator[str]) -> None:
         self.violations += [Violation(rule, run_id, what) for what in found]
 
-    def _count(self, run: RunRecord) -> None:
+    def _count(self, run: RunRecord) -> Iterator[str]:
+        yield from ()
         counts = self.counts
         counts["runs"] += 1
         counts["events"] += len(run.rows)
@@ -115,6 +119,8 @@ class Checker:
             if call.end is not None and call.end <= accepted + CANCEL_S
         }
         for call in run.calls:
+            if call.begin <= accepted + CANCEL_S:
+                continue
             if (late - early) & set(nodes.get(call.node_id, {"requires": []})["requires"]):
                 yield f"{call.node_id} was called although a cancel had been accepted long before"
 
@@ -129,8 +135,8 @@ class Checker:
         if run.run_id in self.around.expected_poison:
             if code != POISON:
                 yield f"a run that kills its workers ended with {last and last.type} {code}"
-            elif (deaths := run.types.count("RUN_RECOVERED")) > 3:
-                yield f"it was taken up {deaths} times after it had killed its worker"
+            elif (deaths := _most_calls_of_an_attempt(run)) > 3:
+                yield f"it was called again after it had killed a worker: {deaths} times in all"
         elif code == POISON and self._was_hit(run):
             self.counts["given up after 3 losses in a row"] += 1
         elif code == POISON:
@@ -140,10 +146,17 @@ class Checker:
         """Whether the suite hit one of the workers that the run lost since its last progress.
 
         Three losses in a row look like poison to everybody, and the first of them may have been by
-        a neighbour that is poison.
+        a neighbour that is poison. Each was followed by a claim, which moves the epoch on.
         """
         lost = run.rows[-1].data["error"]["lost_workers"]
-        return len(lost) == 3 and not self.around.struck.isdisjoint(map(_pid, lost))
+        epoch = at_progress = 1
+        for row in run.rows:
+            if row.type == "RUN_RECOVERED":
+                epoch = row.data["epoch"]
+            elif row.type in PROGRESS:
+                at_progress = epoch
+        in_a_row = len(lost) == 3 and run.head.epoch - at_progress >= 3
+        return in_a_row and not self.around.struck.isdisjoint(map(_pid, lost))
 
     def _progress(self, run: RunRecord) -> Iterator[str]:
         """I26: in the end every run is over, or waits for a human who was never asked to answer."""
@@ -219,6 +232,11 @@ class Checker:
         for key in self._told.keys() - rows.keys():
             yield f"{key} is in a journal and has no row"
         self.counts["breaker openings"] = sum(key[3] == "tripped" for key in rows)
+
+
+def _most_calls_of_an_attempt(run: RunRecord) -> int:
+    """What the tools saw: how often the same attempt of a node was called at most."""
+    return max(Counter((c.node_id, c.attempt) for c in run.calls).values(), default=0)
 
 
 def _pid(worker_id: str | None) -> int:

@@ -34,7 +34,8 @@ async def dead_clients(rig: Rig, step: Step) -> None:
     process = psutil.Process(slot.pid)
     before = process.memory_info().rss
     request = (
-        f"GET /v1/runs/{run_id}/events HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
+        f"GET /v1/runs/{run_id}/events HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n"
+        "Connection: close\r\n\r\n"
     )
     sockets = [_deaf(slot.port, request.encode()) for _ in range(rig.dead_clients)]
     try:

@@ -103,6 +103,7 @@ async def _refused(small: Rig) -> list[Order]:
                 try:
                     answer = await ask(port, "POST", "/v1/runs", extra.envelope, headers)
                 except Broken:
+                    await asyncio.sleep(LOOK_S)
                     continue
                 if answer.status == 503 and answer.is_problem and "retry-after" in answer.headers:
                     small.clients.log.unavailable += 1

@@ -8,6 +8,7 @@ which processes it disturbed, so that the checker can tell a take-over from a th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -179,11 +180,11 @@ class Fleet:
         assert slot.process is not None
         self.strike(slot)
         slot.is_frozen = True
-        slot.process.send_signal(signal.SIGSTOP)
+        _send(slot.process, signal.SIGSTOP)
 
     def thaw(self, slot: Slot) -> None:
         assert slot.process is not None
-        slot.process.send_signal(signal.SIGCONT)
+        _send(slot.process, signal.SIGCONT)
         slot.is_frozen = False
 
     async def stale_writes(self, slot: Slot) -> int:
@@ -207,10 +208,16 @@ class Fleet:
 
     async def _stop(self, slot: Slot) -> int:
         assert slot.process is not None
-        slot.process.send_signal(signal.SIGCONT)
-        slot.process.send_signal(signal.SIGTERM)
+        _send(slot.process, signal.SIGCONT)
+        _send(slot.process, signal.SIGTERM)
         try:
             return await asyncio.wait_for(slot.process.wait(), END_S)
         except TimeoutError:
             slot.process.kill()
             return await slot.process.wait()
+
+
+def _send(process: asyncio.subprocess.Process, number: int) -> None:
+    """A process that has ended by now needs no signal."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(number)

@@ -160,6 +160,7 @@ class Rig:
 
     async def verdict(self) -> Checker:
         """Judge everything: client logs, ledger, database."""
+        assert self.watcher.is_watching
         connection = await asyncpg.connect(self.postgres.dsn())
         try:
             around = await archive.surroundings(connection)
@@ -211,8 +212,9 @@ async def open_rig(
         if logs is not None:
             os.makedirs(logs, exist_ok=True)
         async with contextlib.AsyncExitStack() as stack:
-            postgres = ChaosPostgres(data or folder / "postgres", wal)
-            stack.callback(postgres.stop)
+            # Not in this loop, which carries all lines of the world that is there already.
+            postgres = await asyncio.to_thread(ChaosPostgres, data or folder / "postgres", wal)
+            stack.push_async_callback(asyncio.to_thread, postgres.stop)
             await postgres.start()
             redis = ChaosRedis(folder / "redis")
             stack.callback(redis.stop)

@@ -23,6 +23,8 @@ from tests.chaos.history import STATUS_OF_END, TERMINAL, RunRecord, digest
 
 RESULTS = ("NODE_DONE", "NODE_FAILED")
 OF_A_NODE = ("NODE_START", "NODE_DONE", "NODE_RETRY", "NODE_FAILED")
+PROGRESS = ("NODE_DONE", "NODE_RETRY", "NODE_FAILED", "RUN_RESUMED")
+OURS = "chaos."
 POISON = "poison_run"
 
 
@@ -93,13 +95,45 @@ def one_result(run: RunRecord) -> Iterator[str]:
 def attempts_in_order(run: RunRecord) -> Iterator[str]:
     """I4: attempts of a node are started one after the other, each once, before its result."""
     started: dict[str | None, int] = {}
+    is_begun = False
     for row in run.rows:
         if row.type == "NODE_START":
+            is_begun = True
             if row.attempt != started.get(row.node_id, 0) + 1:
                 yield f"attempt {row.attempt} of {row.node_id} after {started.get(row.node_id, 0)}"
             started[row.node_id] = row.attempt or 0
+        elif row.type == "NODE_BLOCKED" and row.attempt and not is_begun:
+            # A resumed run begins with what its predecessor left uncertain.
+            started.setdefault(row.node_id, row.attempt)
         elif row.type in RESULTS and started.get(row.node_id, 0) != row.attempt:
             yield f"a result of attempt {row.attempt} of {row.node_id}, which was not under way"
+
+
+def results_were_given(run: RunRecord) -> Iterator[str]:
+    """I4: the result of a tool's node was the answer of that tool to that attempt."""
+    nodes = run.nodes()
+    answered = {(c.node_id, c.attempt) for c in run.calls if c.answer in ("ok", "slow")}
+    called: set[tuple[str | None, int | None]] = set()
+    for row in run.rows:
+        if row.type == "NODE_START":
+            called.add((row.node_id, row.attempt))
+        elif row.type == "NODE_DONE" and "decided_by" not in row.data:
+            attempt = (row.node_id, row.attempt)
+            is_ours = nodes.get(row.node_id or "", {}).get("capability_id", "").startswith(OURS)
+            if is_ours and attempt in called and attempt not in answered:
+                yield f"{row.node_id} is done at {row.seq}, its tool never answered {row.attempt}"
+
+
+def retried_on_purpose(run: RunRecord) -> Iterator[str]:
+    """I13: a new round, which acts again, is begun by a human only."""
+    asked: dict[str, str] = {}
+    for row in run.rows:
+        if row.type == "RUN_RESUMED":
+            asked = row.data.get("nodes") or {}
+        elif row.type == "NODE_RETRY" and row.data.get("round") is not None:
+            decision = asked.pop(row.node_id or "", None)
+            if decision != "retry":
+                yield f"{row.node_id} begins a new round at {row.seq}, and nobody asked for it"
 
 
 def epochs_grow(run: RunRecord) -> Iterator[str]:
@@ -250,6 +284,8 @@ def signals_once(run: RunRecord) -> Iterator[str]:
             yield f"{signal.kind} {signal.signal_id} was applied {count} times"
         if signal.outcome is None and run.head.status in STATUS_OF_END.values():
             yield f"{signal.kind} {signal.signal_id} has no outcome although the run is over"
+        if signal.outcome == "applied" and not count:
+            yield f"{signal.kind} {signal.signal_id} was applied, and no event tells of it"
         if count and signal.outcome != "applied":
             yield f"{signal.kind} {signal.signal_id} is in the journal, and {signal.outcome}"
     if told:
@@ -283,6 +319,7 @@ RUN_RULES: dict[str, RunRule] = {
     "I3 resumed in order": resumed_in_order,
     "I4 one result": one_result,
     "I4 attempts in order": attempts_in_order,
+    "I4 results were given": results_were_given,
     "I5 epochs grow": epochs_grow,
     "I9 one end": one_end,
     "I10 folds": folds,
@@ -290,5 +327,6 @@ RUN_RULES: dict[str, RunRule] = {
     "I12 parents first": parents_first,
     "I13 called as recorded": called_as_recorded,
     "I13 at most once": at_most_once,
+    "I13 retried on purpose": retried_on_purpose,
     "I14 signals once": signals_once,
 }

@@ -160,6 +160,15 @@ def start(node_id: str, attempt: int) -> Written:
     return (EventType.NODE_START, node_id, attempt, {"capability_id": "util.echo"})
 
 
+def with_tool(node_id: str) -> dict[str, Any]:
+    plan = plan_as_dict(PLAN)
+    nodes = [
+        {**node, "capability_id": "chaos.pure_0"} if node["id"] == node_id else node
+        for node in plan["nodes"]
+    ]
+    return {**plan, "nodes": nodes}
+
+
 RESUMED = GOOD[9]
 CANCELLED: Written = (EventType.RUN_CANCELLED, None, None, {"by": None})
 
@@ -190,6 +199,10 @@ BAD_RUNS: dict[str, list[Callable[[], RunRecord]]] = {
         lambda: good(edited((12, start("B", 3)))),
         lambda: good(inserted(4, start("A", 1))),
         lambda: good(edited((7, None))),
+    ],
+    "I4 results were given": [
+        lambda: good(plans={1: with_tool("A")}, calls=[]),
+        lambda: good(plans={1: with_tool("A")}, calls=[call("A", 1, 1, 1.0, "reset")]),
     ],
     "I5 epochs grow": [
         lambda: good(sightings=[(2, 4), (1, 5)]),
@@ -225,7 +238,12 @@ BAD_RUNS: dict[str, list[Callable[[], RunRecord]]] = {
         lambda: good(calls=[call("B", 1, 1, 5.0), call("B", 1, 1, 7.0)]),
         lambda: good(calls=[call("B", 1, 1, 5.0), call("B", 2, 1, 7.0)]),
     ],
+    "I13 retried on purpose": [
+        lambda: good(edited((10, (*RESUMED[:3], {"signal_id": SIGNAL, "nodes": {"B": "done"}})))),
+        lambda: good(inserted(12, GOOD[10])),
+    ],
     "I14 signals once": [
+        lambda: good(edited((10, (*RESUMED[:3], {})))),
         lambda: good([*GOOD[:11], GOOD[8], RESUMED, *GOOD[11:]]),
         lambda: good(signals=[SignalRow(SIGNAL, "resume", "k", "discarded: late")]),
         lambda: good(signals=[]),
@@ -360,9 +378,13 @@ BAD_WORLDS: dict[str, list[Callable[[], set[str]]]] = {
     "I19 poison": [
         lambda: rules_broken(world=around(expected_poison={RUN_ID})),
         lambda: rules_broken(good([*GOOD[:-1], FAILED], head=Head(3, len(GOOD), "failed"))),
-        lambda: rules_broken(good([*GOOD[:5], FAILED], head=Head(3, 6, "failed"))),
+        lambda: rules_broken(good([*GOOD[:5], FAILED], head=Head(4, 6, "failed"))),
         lambda: rules_broken(
-            good([*GOOD[:4], *[GOOD[4]] * 4, FAILED]), world=around(expected_poison={RUN_ID})
+            good([*GOOD[:5], FAILED], head=Head(3, 6, "failed")), world=around(struck={77})
+        ),
+        lambda: rules_broken(
+            good([*GOOD[:5], FAILED], calls=[call("A", 1, 1, 1.0)] * 4),
+            world=around(expected_poison={RUN_ID}),
         ),
     ],
     "I22 announced once": [
@@ -400,7 +422,7 @@ def test_what_waits_on_purpose_and_what_is_announced_properly_passes() -> None:
     assert "I26 progress" not in rules_broken(unfinished("awaiting_human"), world=waiting)
     announced = good(inserted(6, TRIPPED))
     assert "I22 announced once" not in rules_broken(announced, world=around(announced=[ANNOUNCED]))
-    unlucky = good([*GOOD[:5], FAILED], head=Head(3, 6, "failed"))
+    unlucky = good([*GOOD[:5], FAILED], head=Head(4, 6, "failed"))
     assert "I19 poison" not in rules_broken(unlucky, world=around(struck={77}))
     poisoned = good([*GOOD[:-1], FAILED], head=Head(3, len(GOOD), "failed"))
     assert "I19 poison" not in rules_broken(poisoned, world=around(expected_poison={RUN_ID}))

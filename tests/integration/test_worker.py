@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
 import asyncpg
 import pytest
+from sqlalchemy import make_url
 
 from app import worker as worker_module
 from app.kit.ids import new_id
 from app.orchestrator.lease import FENCE_S, Lease
 from app.store.claims import Claim, Fairness, Wanted, claim_runs
 from app.store.database import connect
-from app.store.leases import forget_workers, leave, register_worker
+from app.store.leases import forget_workers, leave, register_worker, resign
+from tests.chaos.proxy import Weather, running_proxy
 from tests.conftest import make_settings
 from tests.envelopes import diamond, echo_node, graph
 from tests.servers import RunningRedis
@@ -126,6 +131,42 @@ class TestWhoIsDead:
             assert await lease.dead_workers() == ["over"]
         await lease.close()
 
+    async def test_a_lost_session_is_noticed_at_once_and_replaced(self, dsn: str) -> None:
+        lease = Lease(lambda: connect(dsn))
+        lost = asyncio.Event()
+        lease.on_lost = lost.set
+        await lease.register()
+        worker_id = lease.worker_id
+        pid = lease.session.get_server_pid()
+        async with connected(dsn) as other:
+            await other.execute("select pg_terminate_backend($1)", pid)
+        async with asyncio.timeout(PATIENCE_S):
+            await lost.wait()
+        assert not lease.held
+        assert not lease.fenced
+        await lease.renew()
+        assert lease.held
+        assert lease.worker_id == worker_id
+        await lease.close()
+
+    async def test_a_session_that_never_answers_is_replaced_in_time(self, dsn: str) -> None:
+        async with running_proxy(make_url(dsn).port or 0) as line:
+            through = make_url(dsn).set(port=line.port).render_as_string(hide_password=False)
+            lease = Lease(lambda: connect(through))
+            await lease.register()
+            line.set(Weather(stalled=True))
+            lease._renewed_at = 0.0
+            with pytest.raises(TimeoutError):
+                await lease.renew()
+            assert not lease.held
+            assert not lease.fenced
+            line.clear()
+            async with asyncio.timeout(PATIENCE_S):
+                while not lease.held:
+                    with contextlib.suppress(ConnectionError):  # our old session has the lock
+                        await lease.renew()
+            await lease.close()
+
     async def test_who_comes_back_under_another_name_lets_its_runs_go_at_once(
         self, dsn: str
     ) -> None:
@@ -140,7 +181,7 @@ class TestWhoIsDead:
             before,
         )
         assert await other.dead_workers() == []
-        await lease.close()
+        await lease.forget_ourselves()
         await lease.register()
         assert await other.dead_workers() == [before]
         await lease.close()
@@ -160,11 +201,33 @@ class TestWhoIsDead:
         await forget_workers(session, ["a", "b", lease.worker_id])
         assert await lease.dead_workers() == ["a", "b"]
         assert await session.fetchval("select count(*) from workers") == 1, "it owns a run"
+        await resign(session, [lease.worker_id])
+        assert await lease.dead_workers() == ["a", "b"], "it is not dead to itself"
         assert await leave(session, lease.worker_id) == 1
         await lease.close()
 
 
+@asynccontextmanager
+async def connected(dsn: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await connect(dsn)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
 class TestClaimedAgain:
+    async def test_a_claim_that_was_read_too_late_disturbs_no_newer_one(
+        self, service: RunningService, tool: Tool
+    ) -> None:
+        [run_id] = await begin(service, tool, gated())
+        runner = service.services.runner
+        run, task = runner._driven[UUID(run_id)]
+        runner.start(replace(run, handle=replace(run.handle, epoch=run.handle.epoch - 1)))
+        assert runner._driven[UUID(run_id)][1] is task
+        tool.gate.set()
+        assert (await service.events(run_id))[-1].event == "RUN_DONE"
+
     async def test_a_run_of_ours_that_nobody_here_drives(
         self, service: RunningService, tool: Tool
     ) -> None:
@@ -178,7 +241,7 @@ class TestClaimedAgain:
         [recovered] = [event for event in events if event.event == "RUN_RECOVERED"]
         assert recovered.json["data"] == {
             "epoch": 2,
-            "from_worker": service.services.lease.worker_id,
+            "from_worker": None,  # no worker was lost
             "called_again": ["B"],
         }
         assert events[-1].event == "RUN_DONE"
