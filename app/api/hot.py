@@ -7,6 +7,9 @@ other routes are run here as well, after FastAPI has returned.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
@@ -14,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from app.api.errors import answer_error
 from app.api.runs import submit_run
 from app.api.stream import STREAMS
+from app.domain.errors import Unavailable
 
 
 class HotRoutes:
@@ -29,7 +33,11 @@ class HotRoutes:
             await self._submit(scope, receive, send)
         else:
             streams = scope[STREAMS] = []
-            await self._app(scope, receive, send)
+            try:
+                await self._app(scope, receive, send)
+            except asyncio.CancelledError:
+                await _refuse_late(scope, receive, send)
+                raise
             for stream in streams:
                 await stream(scope, receive, send)
 
@@ -38,6 +46,17 @@ class HotRoutes:
         request = Request(scope, receive)
         try:
             response = await submit_run(request)
+        except asyncio.CancelledError:
+            await _refuse_late(scope, receive, send)
+            raise
         except Exception as error:
             response = await answer_error(request, error)
+        await response(scope, receive, send)
+
+
+async def _refuse_late(scope: Scope, receive: Receive, send: Send) -> None:
+    """The server stops and has waited long enough: 503, where nothing was answered yet."""
+    stopping = Unavailable("This process is shutting down.", code="draining")
+    response = await answer_error(Request(scope, receive), stopping)
+    with contextlib.suppress(RuntimeError):  # the answer had begun
         await response(scope, receive, send)

@@ -25,6 +25,7 @@ from app.kit.drain import Drain
 
 HEARTBEAT_S = 15.0
 SEND_TIMEOUT_S = 20.0
+FLUSH_LOOK_S = 0.5
 SEND_BYTES_MAX = 64 * 1024
 DRAIN_SPREAD_S = 1.0
 STREAMS = "flexrun.streams"
@@ -96,6 +97,8 @@ class EventStream(EventSourceResponse):
                 await self._send(send, transport, opening + data, more=not is_over)
                 failpoints.hit("stream.after_send")
                 opening = b""
+            if is_over and transport is not None:
+                await self._flushed(transport)
             if is_over or (transport is not None and transport.is_closing()):
                 return
             if self._drain.is_draining:
@@ -104,6 +107,15 @@ class EventStream(EventSourceResponse):
                 return
             if self._channel.last <= self._cursor and not await self._wait():
                 await self._send(send, transport, _HEARTBEAT, more=True)
+
+    async def _flushed(self, transport: asyncio.WriteTransport) -> None:
+        """Until the last bytes have left the process, which else nothing would wait for."""
+        if transport.get_write_buffer_size() == 0:
+            return
+        await asyncio.sleep(0)  # where they leave, unless the client is slow
+        async with asyncio.timeout(SEND_TIMEOUT_S):
+            while transport.get_write_buffer_size() and not transport.is_closing():
+                await asyncio.sleep(FLUSH_LOOK_S)
 
     async def _next(self) -> tuple[bytes, bool]:
         """The bytes behind the cursor, and whether the stream is over with them."""
