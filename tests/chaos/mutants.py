@@ -67,8 +67,8 @@ MUTANTS = (
             ),
             Patch(
                 "store/append.py",
-                "on h.run_id = w.run_id and h.epoch = w.epoch and h.seq = w.seq",
-                "on h.run_id = w.run_id and h.seq = w.seq",
+                "where h.run_id = w.run_id and h.epoch = w.epoch\n            and h.seq = w.seq for",
+                "where h.run_id = w.run_id and h.seq = w.seq for",
             ),
             Patch(
                 "store/append.py",
