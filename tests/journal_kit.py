@@ -18,6 +18,7 @@ from app.journal.frames import Frame
 from app.journal.record import Append, Journal, RunHandle
 from app.kit.clock import now_ms, to_datetime
 from app.kit.ids import created_ms, new_id
+from app.kit.metrics import Metrics
 from app.store.append import NewRun
 from app.store.database import Database
 from app.store.partitions import make_partitions, make_partitions_hot
@@ -40,6 +41,8 @@ class JournalKit:
     dsn: str
     journal: Journal
     sink: Sink
+    metrics: Metrics
+    owner: str
 
     def submit(
         self, *, key: str | None = None, run_id: UUID | None = None, epoch: int = 1
@@ -49,7 +52,7 @@ class JournalKit:
         append = Append(
             [Event(EventType.RUN_QUEUED, {"objective": "o", "lane": "standard"})],
             RunStatus.RUNNING,
-            "w1",
+            self.owner,
             new_run=self._new_run(handle, key),
         )
         handle.stamp(append.events, now_ms())
@@ -74,7 +77,7 @@ class JournalKit:
         """Append LOG events."""
         events = [Event(EventType.LOG, {"message": text}) for text in texts]
         handle.stamp(events, now_ms())
-        owner = "w1" if status is RunStatus.RUNNING else None
+        owner = self.owner if status is RunStatus.RUNNING else None
         return self.journal.record(handle, Append(events, status, owner, **more))
 
     async def rows(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
@@ -98,7 +101,12 @@ class JournalKit:
 
 @asynccontextmanager
 async def journal_kit(
-    dsn: str, connect: Connect | None = None, *, writers: int = 1, partitions: bool = True
+    dsn: str,
+    connect: Connect | None = None,
+    *,
+    writers: int = 1,
+    partitions: bool = True,
+    owner: str = "w1",
 ) -> AsyncIterator[JournalKit]:
     """One writer by default, so that tests decide what is in a batch."""
 
@@ -110,9 +118,10 @@ async def journal_kit(
         await make_partitions(database, datetime.now(UTC).date())
         await database.close()
     sink = Sink()
-    journal = Journal(connect or plain, sink, make_partitions_hot, writers=writers)
+    metrics = Metrics()
+    journal = Journal(connect or plain, sink, make_partitions_hot, writers=writers, metrics=metrics)
     await journal.start()
     try:
-        yield JournalKit(dsn, journal, sink)
+        yield JournalKit(dsn, journal, sink, metrics, owner)
     finally:
         await journal.close()

@@ -31,13 +31,22 @@ from app.kit import failpoints
 from app.kit.clock import to_datetime
 from app.kit.ids import run_day
 from app.kit.metrics import Metrics
-from app.store.append import HeadMove, NewRun, append_batch, is_missing_partition
+from app.store.append import (
+    HeadMove,
+    NewRun,
+    append_batch,
+    is_missing_partition,
+    is_out_of_time,
+)
 from app.store.database import REFUSED, TRANSIENT, HotConnection
 from app.store.heads import HeadRow, event_body, read_heads, run_of_key
 
 log = logging.getLogger("flexrun.journal")
 
 BATCH_RUNS_MAX = 128
+BATCH_BYTES_MAX = 8 << 20
+"""Event bodies and blobs of a batch: what a slow disk takes within a statement's time limit."""
+
 RECONNECT_DELAY_S = 0.05
 RECONNECT_DELAY_MAX_S = 1.0
 
@@ -142,6 +151,7 @@ class _Pending:
     move: HeadMove
     frames: list[Frame]
     waiters: list[asyncio.Future[None]]
+    size: int
     settled: bool = False
 
 
@@ -179,8 +189,10 @@ class Journal:
         """Queue an append whose events are stamped; the future resolves when it is durable."""
         frames: list[Frame] = []
         rows: list[tuple[int, str, str | None, int | None, str, str]] = []
+        size = sum([len(blob) for _, blob in append.blobs])
         for event in append.events:
             body = encode_body(event, handle.text_id, handle.trace_id)
+            size += len(body)
             frames.append(frame_of(event.seq, event.type, event.node_id, event.level, body))
             rows.append(
                 (event.seq, event.type, event.node_id, event.attempt, event.level, body.decode())
@@ -206,7 +218,7 @@ class Journal:
         )
         handle.recorded_epoch, handle.recorded_seq = handle.epoch, handle.seq
         writer = self._writers[handle.run_id.int % len(self._writers)]
-        return writer.enqueue(_Pending(handle, move, frames, []))
+        return writer.enqueue(_Pending(handle, move, frames, [], size))
 
 
 class _Writer:
@@ -282,11 +294,17 @@ class _Writer:
                         _fail(pending, HeadDiverged(f"unforeseen: {type(error).__name__}"))
 
     def _take_batch(self) -> list[_Pending]:
-        if len(self._queue) <= BATCH_RUNS_MAX:
-            batch = list(self._queue.values())
-            self._queue = {}
-            return batch
-        return [self._queue.pop(run_id) for run_id in list(self._queue)[:BATCH_RUNS_MAX]]
+        """Who waits longest, as many as one statement can carry in its time: one run at least."""
+        batch: list[_Pending] = []
+        size = 0
+        for pending in self._queue.values():
+            size += pending.size
+            if batch and (len(batch) == BATCH_RUNS_MAX or size > BATCH_BYTES_MAX):
+                break
+            batch.append(pending)
+        for pending in batch:
+            del self._queue[pending.move.run_id]
+        return batch
 
     async def _commit(self, batch: list[_Pending]) -> None:
         """Send the batch until every append in it is durable or has failed."""
@@ -299,6 +317,9 @@ class _Writer:
             except TRANSIENT as error:
                 log.warning("the journal is out of reach (%s), trying again", type(error).__name__)
                 batch = await self._after_lost_answer(batch, delay)
+                if is_out_of_time(error) and len(batch) > 1:
+                    await self._commit_one_by_one(batch)  # together they may never land
+                    return
                 delay = min(delay * 2, RECONNECT_DELAY_MAX_S)
                 continue
             except REFUSED as error:
@@ -306,11 +327,15 @@ class _Writer:
                 continue
             batch = await self._settle(asked, heads)
 
+    async def _commit_one_by_one(self, batch: list[_Pending]) -> None:
+        for pending in batch:
+            await self._commit([pending])
+
     async def _send(self, batch: list[_Pending]) -> set[UUID]:
         """One statement. What landed is published and its callers go on."""
         connection = self._connection
         if connection is None or connection.is_closed():
-            self._connection = connection = await self._connect()
+            self._connection = connection = await self._session()
         failpoints.hit("commit.before_send")
         landed = await append_batch(connection, [pending.move for pending in batch])
         failpoints.hit("commit.after_durable")
@@ -322,6 +347,14 @@ class _Writer:
             if pending.move.run_id in landed:
                 self._succeed(pending)
         return landed
+
+    async def _session(self) -> HotConnection:
+        """A new session. That there is none says nothing about the batch that waits for it."""
+        try:
+            return await self._connect()
+        except (TimeoutError, *REFUSED) as error:
+            log.warning("the journal gets no session (%s)", type(error).__name__)
+            raise ConnectionError("no session") from error
 
     def _succeed(self, pending: _Pending) -> None:
         failpoints.hit("publish.before")
@@ -352,7 +385,10 @@ class _Writer:
             elif await self._was_committed(pending, head):
                 self._succeed(pending)
             elif head.epoch != move.epoch:
-                self._metrics.stale_writes += 1
+                if move.epoch == 0:  # never ours: another worker was first to claim it
+                    log.info("run %s was claimed from the queue elsewhere", move.run_id)
+                else:
+                    self._metrics.stale_writes += 1
                 _fail(pending, LeaseLost(f"epoch {head.epoch}, ours was {move.epoch}"))
             elif head.seq == move.seq and move.new_run is None:
                 again.append(pending)
@@ -362,9 +398,14 @@ class _Writer:
         return again
 
     async def _was_committed(self, pending: _Pending, head: HeadRow) -> bool:
-        """Whether this very append is in the journal: head and last event are ours."""
+        """Whether this very append is in the journal: head and last event are ours.
+
+        The owner as well: another worker may have claimed the run under the same epoch, from the
+        queue, and have written the same event in the same millisecond.
+        """
         move = pending.move
-        if (head.epoch, head.seq) != (move.new_epoch, move.new_seq) or not move.events:
+        ours = (move.new_epoch, move.new_seq, move.owner)
+        if (head.epoch, head.seq, head.owner) != ours or not move.events:
             return False
         assert self._connection is not None
         stored = await event_body(self._connection, move.run_day, move.run_id, move.new_seq)
@@ -412,8 +453,7 @@ class _Writer:
             return batch
         if len(batch) > 1:
             log.warning("a batch was refused (%s), sending run by run", type(error).__name__)
-            for pending in batch:
-                await self._commit([pending])
+            await self._commit_one_by_one(batch)
             return []
         log.error("an append of run %s was refused: %s", batch[0].move.run_id, type(error).__name__)
         _fail(batch[0], JournalRejected(type(error).__name__))
@@ -433,6 +473,7 @@ def _merge(queued: _Pending, later: _Pending) -> None:
     move.transitions += more.transitions
     move.is_progress |= more.is_progress
     queued.frames += later.frames
+    queued.size += later.size
 
 
 def _fail(pending: _Pending, error: Exception) -> None:

@@ -89,6 +89,11 @@ def is_missing_partition(error: Exception) -> bool:
     return isinstance(error, asyncpg.CheckViolationError) and "no partition" in str(error)
 
 
+def is_out_of_time(error: Exception) -> bool:
+    """Whether a batch was given up, by the server or by us, because it took too long."""
+    return isinstance(error, (asyncpg.QueryCanceledError, TimeoutError))
+
+
 _OPTIONAL = ("new_run", "plans", "snapshots", "blobs", "signals", "transitions")
 
 # name -> (table, columns of the row, their types); run_day and run_id come first in every row.

@@ -47,6 +47,7 @@ TRANSIENT = (
     asyncpg.TransactionRollbackError,
     asyncpg.LockNotAvailableError,
     asyncpg.exceptions.ObjectInUseError,
+    asyncpg.ReadOnlySQLTransactionError,  # a standby, until the primary is found again
 )
 """Errors after which the same statement may succeed: the server is away, restarting or busy."""
 

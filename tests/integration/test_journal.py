@@ -11,6 +11,7 @@ import pytest
 
 from app.domain.run import RunStatus
 from app.journal.record import JournalRejected, KeyTaken, LeaseLost, RunHandle
+from app.kit.clock import now_ms
 from app.kit.ids import id_at, new_id, run_day
 from app.store.append import HeadMove, append_batch
 from app.store.database import HotConnection, connect
@@ -39,6 +40,35 @@ async def test_runs_that_wait_together_share_a_commit(dsn: str) -> None:
 
         assert first <= 2
         assert kit.journal.commits == first + 1
+
+
+@pytest.mark.parametrize("part", ["event", "blob"])
+async def test_a_batch_is_no_bigger_than_a_statement_can_carry_in_its_time(
+    dsn: str, part: str
+) -> None:
+    def log(handle: RunHandle, mebibytes: int) -> asyncio.Future[None]:
+        value = "x" * (mebibytes << 20)
+        if part == "event":
+            return kit.log(handle, value)
+        return kit.log(handle, "x", blobs=[("abc", value.encode())])
+
+    async with journal_kit(dsn) as kit:
+        handles = [await _accepted(kit) for _ in range(6)]
+        before = kit.journal.commits
+        # Together: 3 and 3, 3, 9 although it is too big, 3 and 0.
+        sizes = [3, 3, 3, 9, 3, 0]
+        await asyncio.gather(*(log(*each) for each in zip(handles, sizes, strict=True)))
+        assert kit.journal.commits == before + 4
+
+        # What waits of one run counts as one append.
+        await asyncio.gather(log(handles[0], 3), log(handles[0], 3), log(handles[1], 3))
+        assert kit.journal.commits == before + 6
+
+
+async def _accepted(kit: JournalKit) -> RunHandle:
+    handle, accepted = kit.submit()
+    await accepted
+    return handle
 
 
 async def test_nothing_is_published_before_it_is_durable(dsn: str) -> None:
@@ -79,6 +109,7 @@ async def test_a_fenced_run_fails_alone_beside_healthy_ones(dsn: str) -> None:
         assert await kit.messages(fenced.run_id) == []
         assert await kit.messages(submitted[0][0].run_id) == ["x"]
         assert len(kit.sink.frames[fenced.run_id]) == 1
+        assert kit.metrics.stale_writes == 1
 
 
 async def test_a_poison_value_fails_its_run_and_no_other(dsn: str) -> None:
@@ -189,6 +220,8 @@ class LosesAnswers:
             found: list[asyncpg.Record] = await self._connection.fetch(sql, *arguments)
             return found
         step = self._plan.pop(0) if self._plan else "ok"
+        if step == "read only":
+            raise asyncpg.ReadOnlySQLTransactionError("cannot execute INSERT")
         if step == "lost before":
             await self._connection.close()
             raise asyncpg.ConnectionDoesNotExistError("cut before it was sent")
@@ -271,6 +304,136 @@ async def test_an_unknown_outcome_after_which_somebody_else_took_the_run_is_a_lo
         with pytest.raises(LeaseLost):
             await kit.log(handle, "x")
         assert await kit.messages(handle.run_id) == []
+
+
+async def test_a_server_that_is_read_only_for_a_while_fails_no_run(dsn: str) -> None:
+    plan = ["ok", "read only", "read only"]
+
+    async def connect() -> Any:
+        return LosesAnswers(await asyncpg.connect(dsn), plan)
+
+    async with journal_kit(dsn, connect) as kit:
+        handle = await _accepted(kit)
+        await kit.log(handle, "once")
+
+        assert await kit.messages(handle.run_id) == ["once"]
+        assert plan == []
+
+
+@pytest.mark.parametrize(
+    "error", [asyncpg.InvalidPasswordError, asyncpg.InvalidCatalogNameError, TimeoutError]
+)
+async def test_a_session_that_is_not_to_be_had_says_nothing_about_the_data(
+    dsn: str, error: type[Exception]
+) -> None:
+    opened: list[asyncpg.Connection] = []
+    errors: list[Exception] = []
+
+    async def connect() -> asyncpg.Connection:
+        if errors:
+            raise errors.pop()
+        opened.append(await asyncpg.connect(dsn))
+        return opened[-1]
+
+    async with journal_kit(dsn, connect) as kit:
+        handles = [await _accepted(kit) for _ in range(2)]
+        before = kit.journal.commits
+        errors += [error("no"), error("no"), error("no")]
+        await opened[0].close()
+        await asyncio.gather(*(kit.log(handle, "x") for handle in handles))
+
+        assert errors == []
+        assert kit.journal.commits == before + 1, "they stay together"
+        assert [await kit.messages(handle.run_id) for handle in handles] == [["x"], ["x"]]
+
+
+class TooSlow:
+    """A connection that finishes no statement in time that carries more than one run."""
+
+    def __init__(self, connection: asyncpg.Connection, refused: list[int], error: Exception):
+        self._connection = connection
+        self._refused = refused
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    async def fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
+        if sql.startswith("with") and isinstance(arguments[0], list) and len(arguments[0]) > 1:
+            self._refused.append(len(arguments[0]))
+            raise self._error
+        found: list[asyncpg.Record] = await self._connection.fetch(sql, *arguments)
+        return found
+
+
+@pytest.mark.parametrize("error", [asyncpg.QueryCanceledError, TimeoutError])
+async def test_a_batch_that_takes_too_long_is_sent_run_by_run(
+    dsn: str, error: type[Exception]
+) -> None:
+    refused: list[int] = []
+
+    async def connect() -> Any:
+        return TooSlow(await asyncpg.connect(dsn), refused, error("too long"))
+
+    async with journal_kit(dsn, connect) as kit:
+        handles = [await _accepted(kit) for _ in range(3)]
+        before = kit.journal.commits
+        async with asyncio.timeout(5):
+            await asyncio.gather(*(kit.log(handle, "x") for handle in handles))
+
+        assert refused == [3]
+        assert kit.journal.commits == before + 3
+        assert [await kit.messages(handle.run_id) for handle in handles] == [["x"]] * 3
+
+
+async def _claimed_twice(kit: JournalKit) -> tuple[RunHandle, RunHandle]:
+    """A run from the queue that two workers start: who claimed it, and who came too late."""
+    late, accepted = kit.submit(epoch=0)
+    await accepted
+    await kit.rows("update run_heads set epoch = 1, owner = 'w2' where run_id = $1", late.run_id)
+    late.epoch = 1
+    first = RunHandle(late.run_id, 1, 1, late.trace_id, recorded_seq=1, recorded_epoch=1)
+    first.last_ts = late.last_ts = now_ms() + 60_000  # their events bear the same time
+    return first, late
+
+
+async def test_the_same_event_of_another_worker_under_the_same_epoch_is_not_ours(
+    dsn: str,
+) -> None:
+    async with journal_kit(dsn) as kit, journal_kit(dsn, owner="w2") as other:
+        first, late = await _claimed_twice(kit)
+        await other.log(first, "same")
+        with pytest.raises(LeaseLost):
+            await kit.log(late, "same")
+
+        assert await kit.messages(first.run_id) == ["same"]
+        assert len(kit.sink.frames[first.run_id]) == 1
+
+
+async def test_a_run_of_the_queue_that_another_worker_claimed_first_is_no_stale_write(
+    dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with journal_kit(dsn) as kit:
+        _, late = await _claimed_twice(kit)
+        with pytest.raises(LeaseLost):
+            await kit.log(late, "x")
+
+        assert kit.metrics.stale_writes == 0
+        assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+async def test_the_answer_of_a_last_append_that_was_lost_is_found_without_owner(dsn: str) -> None:
+    plan = ["ok", "lost after"]
+
+    async def connect() -> Any:
+        return LosesAnswers(await asyncpg.connect(dsn), plan)
+
+    async with journal_kit(dsn, connect) as kit:
+        handle = await _accepted(kit)
+        await kit.log(handle, "end", status=RunStatus.FAILED)
+
+        assert await kit.messages(handle.run_id) == ["end"]
+        assert plan == []
 
 
 async def test_cancelling_the_caller_does_not_withdraw_the_append(dsn: str) -> None:
