@@ -114,7 +114,9 @@ class EventStream(EventSourceResponse):
             return
         await asyncio.sleep(0)  # where they leave, unless the client is slow
         async with asyncio.timeout(SEND_TIMEOUT_S):
-            while transport.get_write_buffer_size() and not transport.is_closing():
+            while (  # noqa: ASYNC110 - nobody tells
+                transport.get_write_buffer_size() and not transport.is_closing()
+            ):
                 await asyncio.sleep(FLUSH_LOOK_S)
 
     async def _next(self) -> tuple[bytes, bool]:

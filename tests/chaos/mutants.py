@@ -67,8 +67,8 @@ MUTANTS = (
             ),
             Patch(
                 "store/append.py",
-                "where h.run_id = w.run_id and h.epoch = w.epoch\n            and h.seq = w.seq for",
-                "where h.run_id = w.run_id and h.seq = w.seq for",
+                "and h.epoch = w.epoch\n            and h.seq = w.seq for update",
+                "and h.seq = w.seq for update",
             ),
             Patch(
                 "store/append.py",
