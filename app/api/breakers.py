@@ -33,6 +33,9 @@ class BreakerShape(BaseModel):
 
 
 class BreakerList(BaseModel):
+    """What this process sees. `degraded`: only its own breakers, because Redis is away."""
+
+    degraded: bool
     breakers: list[BreakerShape]
 
 
@@ -43,8 +46,9 @@ class BreakerList(BaseModel):
     responses=PROBLEMS(503),
 )
 async def list_breakers(request: Request) -> Response:
-    views = await services_of(request).breakers.views()
-    return json_response(200, {"breakers": [_view(view) for view in views]})
+    breakers = services_of(request).breakers
+    views = [_view(view) for view in await breakers.views()]  # which finds out if Redis is away
+    return json_response(200, {"degraded": breakers.is_degraded, "breakers": views})
 
 
 @router.post(

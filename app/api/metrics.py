@@ -145,7 +145,7 @@ def event_families(events: Mapping[str, int]) -> Iterator[Metric]:
     )
     yield _counter(
         "takeovers",
-        "Runs under way that this process took up from another.",
+        "Runs under way that this process took up from another that died, or that gave them back.",
         events.get(EventType.RUN_RECOVERED, 0),
     )
 

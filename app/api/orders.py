@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Request, Response
+from pydantic import ValidationError
 
 from app.api.bodies import documented_body, read_json_model
 from app.api.deps import services_of, tenant_of
@@ -121,11 +124,24 @@ async def find_run(request: Request) -> Response:
     """Unfinished, failed or cancelled, and submitted with the same envelope as the body."""
     services = services_of(request)
     envelope = await read_json_model(request, Envelope, services.settings.envelope_bytes_max)
-    wanted = canonical(envelope)
     candidates = await services.reader.runs_for(tenant_of(request), envelope.objective)
+    # Up to 100 envelopes of up to 1 MiB each: reading them must not hold up the loop.
+    row = await asyncio.to_thread(_first_of, candidates, envelope)
+    if row is None:
+        raise NotFound(
+            "No unfinished, failed or cancelled run has this envelope.", code="run_not_found"
+        )
+    return json_response(200, summary_view(row))
+
+
+def _first_of(candidates: Iterable[Any], envelope: Envelope) -> Any:
+    """The first run that was submitted with this envelope; None when none was."""
+    wanted = canonical(envelope)
     for row in candidates:
-        if canonical(Envelope.model_validate_json(row["envelope"])) == wanted:
-            return json_response(200, summary_view(row))
-    raise NotFound(
-        "No unfinished, failed or cancelled run has this envelope.", code="run_not_found"
-    )
+        try:
+            found = Envelope.model_validate_json(row["envelope"])
+        except ValidationError:
+            continue  # of another version, whose envelopes are not read here
+        if canonical(found) == wanted:
+            return row
+    return None

@@ -12,7 +12,7 @@ from app.cli.render import duration, table_lines
 
 breakers = typer.Typer(help="Look up and reset circuit breakers: list, reset.")
 
-OWN = "Redis is away: each process has breakers of its own for now, these are one of them."
+OWN = "Redis is away: each process has breakers of its own for now, and only one was asked."
 
 
 @breakers.command("list")
@@ -24,8 +24,10 @@ def list_breakers(as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
     if as_json:
         out_json(found)
         return
+    if answer["degraded"]:
+        err(OWN)
     if not found:
-        out("No breakers: nothing outside was called lately.")
+        out("This process knows no breakers.")
         return
     rows = [
         (
@@ -39,8 +41,6 @@ def list_breakers(as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
     ]
     for line in table_lines(("scope", "status", "failures", "opened (UTC)", "tried in"), rows):
         out(line)
-    if any(entry["degraded"] for entry in found):
-        err(OWN)
 
 
 @breakers.command("reset")

@@ -6,6 +6,8 @@ httpx is imported on use, so that `flexrun --help` does not wait for it.
 from __future__ import annotations
 
 import ipaddress
+import re
+import shlex
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -43,16 +45,17 @@ class Api:
         # Slow to import; only commands that speak to a service pay for it.
         import httpx  # noqa: PLC0415
 
-        self.url = url.rstrip("/")
+        self.url = without_userinfo(url.rstrip("/"))  # for texts, which must show no password
         try:
-            parts = urlsplit(self.url)
+            parts = urlsplit(url)
             is_loopback = _is_loopback(parts.hostname or "")
+            has_port = (parts.port or 0) >= 0  # reading it is what checks it
         except ValueError:
-            raise UsageError(f"{url!r} is no URL.") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"{url!r} is no http URL, such as {DEFAULT_URL}.")
+            raise UsageError(f"{self.url!r} is no URL.") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname or not has_port:
+            raise UsageError(f"{self.url!r} is no http URL, such as {DEFAULT_URL}.")
         self._client = httpx.Client(
-            base_url=self.url,
+            base_url=url.rstrip("/"),
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=5.0),
             # A proxy of the environment knows nothing of this machine's own addresses.
             trust_env=not is_loopback,
@@ -162,6 +165,11 @@ class Api:
         )
 
 
+def without_userinfo(url: str) -> str:
+    """The address without `user:password@`, also when it is not well formed."""
+    return re.sub(r"^(\w+://)?.*@", lambda found: found[1] or "", url, flags=re.DOTALL)
+
+
 def path_of(*segments: str) -> str:
     """`/v1/…` of segments that callers typed."""
     return "/v1/" + "/".join(quote(segment, safe="") for segment in segments)
@@ -200,13 +208,18 @@ def order(api: Api, path: str, body: Any, key: str | None = None) -> dict[str, A
     """POST an order once, however often it takes: under one idempotency key it acts only once."""
     key = key or str(uuid.uuid4())
     tries = 1
+    may_have_acted = False
     while True:
         try:
             accepted: dict[str, Any] = api.post(path, body, {"Idempotency-Key": key})
             return accepted
         except (Unreachable, ApiProblem) as error:
             pause_s = _worth_another_try(error)
+            may_have_acted = may_have_acted or _may_have_acted(error)
             if pause_s is None or tries == ORDER_TRIES_MAX:
+                if may_have_acted and error.exit_code == ExitCode.UNREACHABLE:
+                    # We may have made the key, and without it the order might act twice.
+                    error.hint = f"Send it again with: --idempotency-key {shlex.quote(key)}"
                 raise
             err(f"{error.message} Sending it again in {pause_s:.0f} s.")
         tries += 1
@@ -217,3 +230,9 @@ def _worth_another_try(error: Unreachable | ApiProblem) -> float | None:
     if isinstance(error, ApiProblem):
         return error.retry_after_s if error.status == 503 else None
     return None if error.refused else 1.0
+
+
+def _may_have_acted(error: Unreachable | ApiProblem) -> bool:
+    if isinstance(error, ApiProblem):
+        return error.code == "submit_outcome_unknown"
+    return not error.refused

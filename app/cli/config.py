@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 SCHEMES = ("postgresql", "postgres", "postgresql+asyncpg")
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+PASSWORD_HINT = "Characters such as @ : / # in the password are written as %40 %3A %2F %23."
 
 DataDir = Annotated[
     Path | None,
@@ -48,8 +50,13 @@ def load_settings(**given: Any) -> Settings:
     if url is not None and _parts(url.get_secret_value()) is None:
         raise UsageError(
             "DATABASE_URL is no address of a Postgres.",
-            hint="It looks like postgresql://user:password@host:5432/name. Characters such as "
-            "@ : / # in the password are written as %40 %3A %2F %23.",
+            hint=f"It looks like postgresql://user:password@host:5432/name. {PASSWORD_HINT}",
+        )
+    redis_url = settings.redis_url
+    if redis_url is not None and _parts(redis_url.get_secret_value(), REDIS_SCHEMES) is None:
+        raise UsageError(
+            "REDIS_URL is no address of a Redis.",
+            hint=f"It looks like redis://user:password@host:6379/0. {PASSWORD_HINT}",
         )
     return settings
 
@@ -72,15 +79,15 @@ def masked(url: str) -> str:
     return f"{parts.scheme}://{user}{parts.hostname or ''}{port}{parts.path}"
 
 
-def _parts(url: str) -> SplitResult | None:
-    """The parts of a database address; None when it is none, or hides a password elsewhere."""
+def _parts(url: str, schemes: Collection[str] = SCHEMES) -> SplitResult | None:
+    """The parts of an address; None when it is none, or hides a password elsewhere."""
     try:
         parts = urlsplit(url)
         # Reading the port is what checks it. A password with a bare "/" or "#" ends up behind it.
         is_whole = (parts.port or 0) >= 0 and "@" not in parts.path + parts.query + parts.fragment
     except ValueError:
         return None
-    return parts if is_whole and parts.scheme in SCHEMES else None
+    return parts if is_whole and parts.scheme in schemes else None
 
 
 @contextmanager

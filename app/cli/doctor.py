@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli.client import START_IT, Api
+from app.cli.client import START_IT, Api, without_userinfo
 from app.cli.config import DatabaseUrl, DataDir, database_errors, database_of, load_settings, masked
 from app.cli.errors import CliError, ExitCode, Unreachable
 from app.cli.output import as_json, out
@@ -190,9 +190,10 @@ def _schema(facts: dict[str, Any], settings: Settings) -> Iterator[Check]:
 # --- the service ----------------------------------------------------------------------------------
 
 
-def _service(url: str) -> Check:
+def _service(address: str) -> Check:
+    url = without_userinfo(address)
     try:
-        with Api(url) as api:
+        with Api(address) as api:
             ready = api.probe("/readyz")
     except Unreachable as error:
         return Check("service", f"not running at {url}", not error.refused, START_IT)

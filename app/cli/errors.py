@@ -20,7 +20,7 @@ class ExitCode(IntEnum):
 
 
 PORT_IN_USE = 4
-"""Of `serve` alone, which knows no runs that wait."""
+"""Of `serve`, `api` and `worker`, which know no runs that wait."""
 
 _LOOK_AGAIN = "Try again in a moment. What is wrong says: flexrun doctor"
 _NEXT = {

@@ -52,7 +52,7 @@ for panel, commands in {
         app.command(rich_help_panel=panel)(command)
 app.add_typer(capabilities, name="capabilities", rich_help_panel="Catalog")
 app.add_typer(facets, name="facets", rich_help_panel="Catalog")
-app.add_typer(breakers, name="breakers", rich_help_panel="This machine")
+app.add_typer(breakers, name="breakers", rich_help_panel="Catalog")
 app.command(hidden=True)(demo)
 
 

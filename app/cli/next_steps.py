@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from app.cli.client import DEFAULT_URL
+from app.cli.client import DEFAULT_URL, without_userinfo
 from app.cli.picture import TERMINAL_STATUSES, WAITING_STATUSES
 
 
@@ -37,7 +37,8 @@ def _lines(run: dict[str, Any], run_id: str, at: str) -> Iterator[str]:
 
 def url_option(url: str) -> str:
     """What a suggested command needs to reach the same service."""
-    return "" if url == DEFAULT_URL else f" --url {shlex.quote(url)}"
+    shown = without_userinfo(url)
+    return "" if shown == DEFAULT_URL else f" --url {shlex.quote(shown)}"
 
 
 def decisions(run: dict[str, Any], at: str) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
@@ -93,6 +94,10 @@ def _driver(lease: dict[str, Any]) -> str:
     """Who drives a running run, and whether that process is alive."""
     worker = lease["worker"]
     if worker is None:
+        wake_at = lease["wake_at"]
+        # A run that was given back has a time that is over: it is free at once.
+        if wake_at is not None and datetime.fromisoformat(wake_at) > datetime.now(UTC):
+            return f"nothing to do until {wake_at}, then a free worker goes on"
         return "driven by nobody for now: the next free worker takes it over"
     where = f"{lease['owner']} (pid {worker['pid']} on {worker['host']})"
     if worker["alive"]:

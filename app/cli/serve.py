@@ -20,6 +20,7 @@ from app.cli.errors import PORT_IN_USE, CliError, ExitCode, UsageError
 if TYPE_CHECKING:
     from app.settings import Role, Settings
 
+PORT_MAX = 65_535
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on. [FLEXRUN_HOST, 127.0.0.1]")]
 LogLevel = Annotated[
@@ -28,7 +29,7 @@ LogLevel = Annotated[
 
 
 def _port(default: str) -> Any:
-    return typer.Option("--port", min=0, max=65_535, help=f"0 takes a free one. [{default}]")
+    return typer.Option("--port", min=0, max=PORT_MAX, help=f"0 takes a free one. [{default}]")
 
 
 def serve(
@@ -85,7 +86,7 @@ def _serve(role: Role, **given: Any) -> None:
     settings = load_settings(**given)
     _configure_log(settings)
     port = settings.worker_port if role == "worker" else settings.port
-    listeners = _listen(settings, port)
+    listeners = _listen(settings, role, port)
     with database_errors():
         if settings.database_url is None:
             importlib.import_module("app.store.embedded")
@@ -134,7 +135,7 @@ class WayOut:
 # --- the socket -----------------------------------------------------------------------------------
 
 
-def _listen(settings: Settings, port: int) -> list[socket.socket]:
+def _listen(settings: Settings, role: Role, port: int) -> list[socket.socket]:
     """Bind first: a port that is taken, or an address that is not allowed, costs no start."""
     try:
         found = socket.getaddrinfo(
@@ -157,7 +158,7 @@ def _listen(settings: Settings, port: int) -> list[socket.socket]:
             listener.close()
             if listeners and error.errno == errno.EADDRNOTAVAIL:
                 continue  # "localhost" may name an IPv6 address on a machine that has none
-            raise _can_not_bind(settings.host, port, error) from None
+            raise _can_not_bind(role, settings.host, port, error) from None
         port = listener.getsockname()[1]
         listeners.append(listener)
     return listeners
@@ -173,12 +174,13 @@ def _refuse_public(host: str, addresses: list[str]) -> None:
     )
 
 
-def _can_not_bind(host: str, port: int, error: OSError) -> CliError:
+def _can_not_bind(role: Role, host: str, port: int, error: OSError) -> CliError:
     if error.errno == errno.EADDRINUSE:
+        another = port + 1 if port < PORT_MAX else port - 1
         return CliError(
             f"Port {port} on {host} is in use, perhaps by another flexrun.",
             exit_code=PORT_IN_USE,
-            hint="Stop that one, or choose another port: flexrun serve --port 8001 "
+            hint=f"Stop that one, or choose another port: flexrun {role} --port {another} "
             "(--port 0 takes a free one)",
         )
     return UsageError(f"{host}:{port} can not be listened on: {error.strerror}.")

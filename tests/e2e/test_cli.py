@@ -331,10 +331,12 @@ def test_serve_refuses_an_address_that_others_can_reach(cli: Cli) -> None:
 
 
 def test_serve_says_that_its_port_is_in_use(cli: Cli, serving: Serving) -> None:
-    done = cli("serve", "--port", str(serving.port))
-    assert done.returncode == 4
-    assert f"Port {serving.port}" in done.stderr
-    assert "Traceback" not in done.stderr
+    for role in ("serve", "api", "worker"):
+        done = cli(role, "--port", str(serving.port))
+        assert done.returncode == 4
+        assert f"Port {serving.port}" in done.stderr
+        assert f"flexrun {role} --port {serving.port + 1} " in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_sigterm_during_a_run_ends_in_order_and_the_next_service_finishes_it(
@@ -411,7 +413,7 @@ def test_no_secret_of_an_address_is_shown(url: str, shown: str) -> None:
     assert masked(url) == shown
 
 
-@pytest.mark.parametrize("variable", ["FLEXRUN_PORT", "MAX_RETRIES", "DATABASE_URL"])
+@pytest.mark.parametrize("variable", ["FLEXRUN_PORT", "MAX_RETRIES", "DATABASE_URL", "REDIS_URL"])
 def test_settings_that_are_wrong_are_named_and_not_repeated(
     monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
@@ -420,6 +422,34 @@ def test_settings_that_are_wrong_are_named_and_not_repeated(
         load_settings()
     assert variable in refused.value.message
     assert "s3cret" not in f"{refused.value.message}{refused.value.hint}"
+
+
+def test_doctor_reports_what_a_start_would_refuse(cli: Cli) -> None:
+    wrong = {"REDIS_URL": "redis://u:hidden@h:port/0"}
+    for command, code in (("doctor", 1), ("serve", 2)):
+        done = cli(command, **wrong)
+        assert done.returncode == code
+        assert "REDIS_URL is no address of a Redis." in done.stdout + done.stderr
+        assert "redis://user:password@host:6379/0" in done.stdout + done.stderr
+        assert "hidden" not in done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("serving")
+def test_a_password_in_the_address_is_never_shown(cli: Cli, serving: Serving) -> None:
+    known = serving.url.replace("//", "//u:hidden@")
+    away = f"http://u:hidden@127.0.0.1:{free_port()}"
+    for args, url, said in (
+        (("run", "-i", "query=a[", "-i", "json_value:={}", "-o", "json_result"), known, "--url"),
+        (("doctor",), known, f"ready at {serving.url}"),
+        (("doctor",), away, "not running at http://127.0.0.1"),
+        (("runs",), away, "does not answer at http://127.0.0.1"),
+        (("runs",), "http://u:hid/den@h", "is no URL"),
+        (("runs",), "u:hidden@h", "is no http URL"),
+    ):
+        done = cli(*args, FLEXRUN_URL=url)
+        assert said in done.stdout + done.stderr
+        for secret in ("hidden", "hid/den", "Traceback"):
+            assert secret not in done.stdout + done.stderr
 
 
 async def test_prune_drops_old_days_but_not_when_it_is_dry(dsn: str, tmp_path: Path) -> None:

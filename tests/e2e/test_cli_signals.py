@@ -443,6 +443,13 @@ def test_show_names_who_drives_a_running_run_and_that_it_is_alive(
 # --- breakers -------------------------------------------------------------------------------------
 
 
+def test_a_process_that_calls_nobody_says_that_it_knows_no_breakers(cli: Cli) -> None:
+    with Serving(cli, "--port", "0", command="api") as api:
+        done = cli("breakers", "--url", api.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "This process knows no breakers.\n"
+
+
 def test_an_open_breaker_is_listed_and_reset(cli: Cli, serving: Serving, ledger: Ledger) -> None:
     run_id = submit(serving, three("down"))
     scope = f"ledger.down::127.0.0.1:{ledger.port}"

@@ -370,6 +370,12 @@ async def test_the_newest_run_of_an_envelope_that_did_not_end_well_is_found(
         assert (found.status_code, found.json()["run_id"]) == (200, newest["run_id"])
         assert found.json()["status"] == "failed"
 
+    # One of another version, which this one can not read, is no reason to find nothing.
+    unreadable = await failed(service, envelope)
+    sql = 'update runs set envelope = \'{"of": "another version"}\' where run_id = $1 returning 1'
+    await rows(service, sql, UUID(unreadable["run_id"]))
+    assert (await find(envelope)).json()["run_id"] == newest["run_id"]
+
     successor = await resumed(service, newest["run_id"])
     await until(service, successor, "RUN_FAILED")
     assert (await find(envelope)).json()["run_id"] == successor

@@ -231,6 +231,13 @@ def test_manifests_are_valid() -> None:
     validated("kubernetes-validate", "--strict", *(p for p in MANIFESTS if p != KUSTOMIZATION))
 
 
+def test_the_guide_names_the_kubernetes_that_a_sleep_before_the_stop_needs() -> None:
+    hooks = [c.get("lifecycle") for w in workloads() for c in pod_of(w)["spec"]["containers"]]
+    assert {"preStop": {"sleep": {"seconds": 5}}} in hooks
+    guide = (ROOT / "docs" / "DEPLOYMENT.md").read_text("utf-8")
+    assert "Kubernetes 1.30 or\nnewer" in guide
+
+
 def test_the_kustomization_takes_every_manifest_but_the_example() -> None:
     found = yaml.safe_load(KUSTOMIZATION.read_text("utf-8"))
     manifests = {path.name for path in MANIFESTS}

@@ -61,6 +61,13 @@ def test_it_may_only_read_and_stops_what_is_outdated(workflow: dict[str, Any]) -
     assert all(job["timeout-minutes"] <= 30 for job in workflow["jobs"].values())
 
 
+def test_the_image_is_judged_by_the_status_of_the_run_and_not_of_a_node(
+    workflow: dict[str, Any],
+) -> None:
+    (run,) = steps_that(workflow["jobs"]["image"]["steps"], "/v1/runs")
+    assert "| jq -e '.status == \"done\"'" in run["run"]
+
+
 def test_the_same_commands_work_by_hand() -> None:
     script = CI_RUN.read_text("utf-8")
     assert os.access(CI_RUN, os.X_OK)
