@@ -47,7 +47,7 @@ class CallFailed(Exception):
     `retryable`: a repetition may help. `unknown_outcome`: the far side may have acted although no
     answer arrived (time-out, reset, 5xx): an `at_most_once` node is then blocked, never repeated.
     `retry_after_s`: the far side's own wish. `target_failed`: the far side is to blame, so that its
-    breaker counts the failure.
+    breaker counts the failure; None: it says nothing about the far side (not called, or our fault).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class CallFailed(Exception):
         retryable: bool,
         unknown_outcome: bool = False,
         retry_after_s: float | None = None,
-        target_failed: bool = False,
+        target_failed: bool | None = False,
         faults: tuple[Fault, ...] = (),
     ) -> None:
         super().__init__(message)
@@ -138,7 +138,10 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """The call may be made; report how it went. `probe` is the token of the one trial call."""
+    """The call may be made; report how it went. `probe` is the token of the one trial call.
+
+    `limit_s` is how long the call may take, as it was asked for.
+    """
 
     scope: str
     generation: int
@@ -146,6 +149,7 @@ class Permit:
     transition: Transition | None = None
     is_local: bool = False
     """Given by the process's own breaker; the report goes there, too."""
+    limit_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +181,15 @@ class Breakers(Protocol):
     probe in: success closes it, failure opens it again under a new generation.
     """
 
-    async def allow(self, scope: str, holder: str) -> Permit | Refused:
-        """Ask before every call. `holder` says who announces what this causes: `run_id:epoch`."""
+    async def allow(self, scope: str, holder: str, limit_s: float) -> Permit | Refused:
+        """Ask before every call. `holder` says who announces what this causes: `run_id:epoch`.
+
+        `limit_s`: what ends the call, at the latest. A probe is trusted that long.
+        """
         ...
 
     async def report(self, permit: Permit, ok: bool | None, holder: str) -> Transition | None:
-        """How the call went. None: no verdict (cancelled), which only gives a probe back.
+        """How the call went. None: no verdict (cancelled, or never made) only gives a probe back.
 
         A report of an earlier generation changes nothing.
         """

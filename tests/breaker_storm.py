@@ -30,6 +30,7 @@ SCOPE = "http::tool.example:443"
 THRESHOLD = 5
 COOLDOWN_S = 0.05
 PROBE_CALL_S = 0.002
+LIMIT_S = 60.0
 TASKS = 8
 PATIENT_S = 10.0
 """The budget of a step where exact counts are asked for: a busy machine is no outage of Redis."""
@@ -211,7 +212,7 @@ async def _work(order: dict[str, Any], budget_s: float) -> Seen:
 async def _hammer(breakers: RedisBreakers, order: dict[str, Any], begin: float, seen: Seen) -> None:
     """Ask, call, report, as fast as it goes."""
     while (now := time.monotonic() - begin) < order["length_s"]:
-        answer = await breakers.allow(SCOPE, "run-1:1")
+        answer = await breakers.allow(SCOPE, "run-1:1", LIMIT_S)
         _note(breakers, answer, seen)
         if not isinstance(answer, Permit):
             await asyncio.sleep(0)

@@ -202,14 +202,14 @@ def _come_to_rest(state: RunState, decision: Decision) -> None:
 class Failure:
     """How a call failed. `delay_ms` is the back-off that a retry would take.
 
-    `target_failed`: the far side is to blame, which is what its breaker counts.
+    `target_failed`: the far side is to blame, which is what its breaker counts; None: not known.
     """
 
     code: str
     message: str
     retryable: bool
     unknown_outcome: bool = False
-    target_failed: bool = False
+    target_failed: bool | None = False
     duration_ms: float = 0.0
     delay_ms: int = 0
     faults: tuple[Fault, ...] = ()

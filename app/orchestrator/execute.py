@@ -244,7 +244,7 @@ class Executor:
         self, node: PlanNode, call: Call, adapter: CapabilityAdapter, scope: str, holder: str
     ) -> Outcome:
         """The call as its breaker permits it; how it went is reported, whatever happens."""
-        permit = await self._breakers.allow(scope, holder)
+        permit = await self._breakers.allow(scope, holder, node.timeout_s)
         if isinstance(permit, Refused):
             return Outcome(call.node_id, refused=permit)
         try:
@@ -253,9 +253,7 @@ class Executor:
             # Cut off: no verdict. Not awaited by us any more, but a probe must be given back.
             self._reports.run(self._breakers.report(permit, None, holder))
             raise
-        failure = outcome.failure
-        ok = failure is None or not failure.target_failed
-        reported = await self._breakers.report(permit, ok, holder)
+        reported = await self._breakers.report(permit, _verdict(outcome), holder)
         outcome.transitions = tuple(t for t in (permit.transition, reported) if t is not None)
         return outcome
 
@@ -339,6 +337,7 @@ class Executor:
             f"{call.capability.capability_id} raised {type(error).__name__}.",
             retryable=True,
             unknown_outcome=True,
+            target_failed=None,
         )
         return self._failed(call, crashed, started)
 
@@ -351,6 +350,14 @@ class Executor:
         if retry_after_s is not None:
             delay += retry_after_s * 1000
         return int(delay)
+
+
+def _verdict(outcome: Outcome) -> bool | None:
+    """Whether the far side did its part; None when the outcome does not tell."""
+    if outcome.failure is None:
+        return True
+    blamed = outcome.failure.target_failed
+    return None if blamed is None else not blamed
 
 
 def _value_of(bound: Bound, run: DrivenRun) -> Any:

@@ -274,8 +274,14 @@ def _limited(run: DrivenRun) -> dict[CapabilityKey, int]:
 
 
 def _ask_for_slots(run: DrivenRun, drive: Drive) -> None:
-    """Nodes that only lack a slot of their capability: look again when one is free."""
+    """Nodes that only lack a slot of their capability: look again when one is free.
+
+    A run that may start nothing does not ask: it would be woken at once, for ever.
+    """
     state = run.state
+    if state.status is not RunStatus.RUNNING or drive.is_leaving:
+        drive.executor.slots.pass_on()  # what woke us may have been our turn
+        return
     if not state.ready_limited and not state.waiting:
         return
     assert state.plan is not None

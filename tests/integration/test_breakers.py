@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from app.adapters.breakers.local import LocalBreakers
-from app.adapters.breakers.policy import SCOPES_MAX
+from app.adapters.breakers.policy import PROBE_LOOK_MAX_S, SCOPES_MAX, probe_s
 from app.adapters.breakers.redis import RedisBreakers
 from app.kit.clock import now_ms
 from app.ports import (
@@ -25,7 +25,8 @@ from tests.servers import RunningRedis
 
 THRESHOLD = 3
 COOLDOWN_S = 30.0
-PROBE_S = 60.0
+LIMIT_S = 60.0
+PROBE_S = probe_s(LIMIT_S)
 SCOPE = "http::tool.example:443"
 ME = "run-1:1"
 
@@ -72,14 +73,14 @@ async def bench(request: pytest.FixtureRequest, redis_server: RunningRedis) -> A
     await client.aclose()
 
 
-async def allowed(breakers: Breakers, scope: str = SCOPE) -> Permit:
-    answer = await breakers.allow(scope, ME)
+async def allowed(breakers: Breakers, scope: str = SCOPE, limit_s: float = LIMIT_S) -> Permit:
+    answer = await breakers.allow(scope, ME, limit_s)
     assert isinstance(answer, Permit)
     return answer
 
 
 async def refused(breakers: Breakers, scope: str = SCOPE) -> Refused:
-    answer = await breakers.allow(scope, ME)
+    answer = await breakers.allow(scope, ME, LIMIT_S)
     assert isinstance(answer, Refused)
     return answer
 
@@ -144,18 +145,18 @@ async def test_open_refuses_until_the_cooldown_is_over(bench: Bench) -> None:
     assert probe.transition.kind is TransitionKind.HALF_OPEN
 
 
-async def half_open(bench: Bench) -> tuple[Transition, Permit]:
+async def half_open(bench: Bench, limit_s: float = LIMIT_S) -> tuple[Transition, Permit]:
     tripped = await trip(bench.breakers)
     await bench.elapse(SCOPE, COOLDOWN_S + 1)
-    return tripped, await allowed(bench.breakers)
+    return tripped, await allowed(bench.breakers, limit_s=limit_s)
 
 
 async def test_one_probe_at_a_time(bench: Bench) -> None:
     tripped, probe = await half_open(bench)
-    answers = await asyncio.gather(*(bench.breakers.allow(SCOPE, ME) for _ in range(50)))
+    answers = await asyncio.gather(*(bench.breakers.allow(SCOPE, ME, LIMIT_S) for _ in range(50)))
 
     assert all(isinstance(answer, Refused) for answer in answers)
-    assert all(0 < answer.retry_after_s <= 1 for answer in answers if isinstance(answer, Refused))
+    assert all(0 < a.retry_after_s < LIMIT_S / 2 for a in answers if isinstance(a, Refused))
     assert await only_view(bench.breakers) == (
         *(BreakerStatus.HALF_OPEN, tripped.generation, THRESHOLD),
     )
@@ -165,7 +166,7 @@ async def test_one_probe_at_a_time(bench: Bench) -> None:
 async def test_of_many_who_race_for_the_probe_one_gets_it(bench: Bench) -> None:
     await trip(bench.breakers)
     await bench.elapse(SCOPE, COOLDOWN_S + 1)
-    answers = await asyncio.gather(*(bench.breakers.allow(SCOPE, ME) for _ in range(50)))
+    answers = await asyncio.gather(*(bench.breakers.allow(SCOPE, ME, LIMIT_S) for _ in range(50)))
 
     assert sum(isinstance(answer, Permit) for answer in answers) == 1
 
@@ -225,6 +226,47 @@ async def test_a_probe_that_took_long_counts_while_nobody_took_its_place(bench: 
     await bench.elapse(SCOPE, PROBE_S + 1)
 
     assert await bench.breakers.report(slow, True, ME) is not None
+
+
+@pytest.mark.parametrize("limit_s", [600.0, 86_400.0])
+async def test_no_second_probe_starts_beside_a_slow_one(bench: Bench, limit_s: float) -> None:
+    """Else each success would come after its turn, and the breaker never close."""
+    _, slow = await half_open(bench, limit_s)
+    for _ in range(9):
+        await bench.elapse(SCOPE, limit_s / 10)
+        await refused(bench.breakers)
+
+    closed = await bench.breakers.report(slow, True, ME)
+    assert closed is not None
+    assert closed.kind is TransitionKind.CLOSED
+
+
+async def test_a_probe_is_trusted_for_its_own_limit(bench: Bench) -> None:
+    """Not for the limit of whoever asks, and not for that of an earlier probe."""
+    _, slow = await half_open(bench, 600.0)
+    await bench.breakers.report(slow, None, ME)
+    await allowed(bench.breakers, limit_s=1.0)
+    await bench.elapse(SCOPE, probe_s(1.0) + 1)
+
+    assert (await allowed(bench.breakers)).probe != ""
+
+
+async def test_who_waits_for_a_probe_that_hangs_asks_seldom(bench: Bench) -> None:
+    await half_open(bench)
+    asks = 0
+    while isinstance(answer := await bench.breakers.allow(SCOPE, ME, LIMIT_S), Refused):
+        asks += 1
+        await bench.elapse(SCOPE, answer.retry_after_s)
+
+    assert asks <= 10
+
+
+async def test_who_waits_for_a_long_probe_still_looks(bench: Bench) -> None:
+    """The breaker may close, or be closed by hand, any moment."""
+    await half_open(bench, 86_400.0)
+    await bench.elapse(SCOPE, 43_200.0)
+
+    assert (await refused(bench.breakers)).retry_after_s == PROBE_LOOK_MAX_S
 
 
 async def test_reports_of_an_older_generation_change_nothing(bench: Bench) -> None:

@@ -12,7 +12,10 @@ from uuid import UUID
 
 import pytest
 
-from app.ports import BreakerStatus, Permit, TransitionKind
+from app.adapters.capabilities.egress import EgressRefused
+from app.adapters.capabilities.http import HttpAdapter
+from app.adapters.capabilities.http_outcome import refused_target
+from app.ports import BreakerStatus, Call, Permit, TransitionKind
 from app.settings import Settings
 from tests.conftest import make_settings
 from tests.envelopes import echo_node, graph
@@ -164,6 +167,29 @@ async def test_what_is_the_callers_fault_does_not_count(dsn: str) -> None:
         assert await announcements(service) == []
 
 
+@pytest.mark.parametrize(
+    "error",
+    [refused_target(EgressRefused("target_refused", "no")), RuntimeError("a bug of ours")],
+    ids=["refused here", "crashed"],
+)
+async def test_a_call_that_was_not_made_closes_no_breaker(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def fail(adapter: HttpAdapter, call: Call) -> dict[str, Any]:
+        raise error
+
+    async with (
+        running_service(settings(cb_threshold=1, cb_cooldown_s=0.1), dsn) as service,
+        moody(service) as (tool, _),
+    ):
+        run_id = (await service.submit(one_call(constraints={"deadline_s": 20})))["run_id"]
+        await until(service, run_id, "NODE_BLOCKED")
+        monkeypatch.setattr(HttpAdapter, "invoke", fail)
+        await until(service, run_id, "RUN_FAILED")
+        assert (await breakers(service))[scope_of(tool)]["status"] == "half_open"
+        assert "closed" not in [kind for _, kind in await announcements(service)]
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
 async def test_a_breaker_is_closed_by_hand(
     dsn: str, redis_server: RunningRedis, shared: bool
@@ -288,6 +314,8 @@ async def test_calls_go_on_when_redis_is_killed(dsn: str, tmp_path: Path) -> Non
             ready = await service.client.get("/readyz")
             assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
             assert ready.json()["checks"]["redis"] == {"ok": False}
+            listed = (await service.client.get("/v1/breakers")).json()
+            assert listed["degraded"] is True
 
             mood.is_down = True
             run_id = (await service.submit(one_call()))["run_id"]
@@ -305,6 +333,8 @@ async def test_calls_go_on_when_redis_is_killed(dsn: str, tmp_path: Path) -> Non
             assert (await service.finished(one_call()))["status"] == "done"
             found = (await breakers(service))[scope_of(tool)]
             assert (found["status"], found["degraded"]) == ("closed", False)
+            listed = (await service.client.get("/v1/breakers")).json()
+            assert listed["degraded"] is False
 
 
 async def test_a_trip_whose_run_was_taken_away_is_announced_by_the_sweep_once(
@@ -367,7 +397,7 @@ async def test_a_cancelled_probe_is_given_back(dsn: str, redis_server: RunningRe
         redis_budget_ms=BUSY_MACHINE_MS,
     )
     async with (
-        fresh_redis(redis_server),
+        fresh_redis(redis_server) as client,
         running_service(shared, dsn) as service,
         far_side() as side,
     ):
@@ -382,12 +412,15 @@ async def test_a_cancelled_probe_is_given_back(dsn: str, redis_server: RunningRe
 
         side.behave = fail_then_hold
         await register(
-            service, http_capability(Tool(), "moody", "idempotent", config={"url": side.url})
+            service,
+            http_capability(Tool(), "moody", "idempotent", timeout_s=600, config={"url": side.url}),
         )
         run_id = (await service.submit(one_call()))["run_id"]
         await eventually(lambda: len(side.exchanges) == 2, "the probe is under way")
         scope = f"test.moody::127.0.0.1:{side.port}"
         assert (await breakers(service))[scope]["status"] == "half_open"
+        times = await client.hmget(f"flexrun:cb:{{{scope}}}", "probe_at", "probe_until")
+        assert int(times[1]) - int(times[0]) > 600_000, "trusted as long as its call may take"
         response = await service.client.post(f"/v1/runs/{run_id}/cancel", json={})
         assert response.status_code == 202
         await until(service, run_id, "RUN_CANCELLED")
@@ -395,7 +428,7 @@ async def test_a_cancelled_probe_is_given_back(dsn: str, redis_server: RunningRe
         shared_breakers = service.services.breakers
 
         async def is_free() -> bool:
-            return isinstance(await shared_breakers.allow(scope, "test:1"), Permit)
+            return isinstance(await shared_breakers.allow(scope, "test:1", 60.0), Permit)
 
         await eventually(is_free, "another probe may start")
         [view] = await shared_breakers.views()

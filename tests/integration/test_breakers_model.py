@@ -30,7 +30,8 @@ from tests.servers import RunningRedis
 
 THRESHOLD = 3
 COOLDOWN_S = 1_000.0  # the seconds that a test really takes do not matter beside it
-PROBE_S = 1_000.0
+GRACE_S = 5.0
+LIMITS_S = st.sampled_from([COOLDOWN_S / 10, COOLDOWN_S, 3 * COOLDOWN_S, 100 * COOLDOWN_S])
 SCOPE = "http::tool.example:443"
 WAITS_S = st.sampled_from([1.0, COOLDOWN_S / 2, COOLDOWN_S, 2 * COOLDOWN_S])
 OUTCOMES = st.sampled_from([True, False, False, False, None])
@@ -46,11 +47,19 @@ class Model:
     status: BreakerStatus = BreakerStatus.CLOSED
     opening: int = 0
     failures: int = 0
+    begun: float = 0.0  # the probe
     ends: float = 0.0  # of the cool-down, then of the probe
     probes: int = 0
     probe: int = 0
 
-    def allow(self) -> tuple[int, int] | None:
+    def wait_s(self) -> float:
+        """How long whoever is refused now has to wait."""
+        left_s = self.ends - self.now
+        if self.status is BreakerStatus.OPEN:
+            return left_s
+        return min(max(0.5, self.now - self.begun), 60.0, left_s)
+
+    def allow(self, limit_s: float) -> tuple[int, int] | None:
         if self.status is BreakerStatus.CLOSED:
             return self.opening, 0
         if self.status is BreakerStatus.OPEN and self.now < self.ends:
@@ -60,7 +69,8 @@ class Model:
         self.status = BreakerStatus.HALF_OPEN
         self.probes += 1
         self.probe = self.probes
-        self.ends = self.now + PROBE_S
+        self.begun = self.now
+        self.ends = self.now + limit_s + GRACE_S
         return self.opening, self.probe
 
     def report(self, permit: tuple[int, int], ok: bool | None) -> TransitionKind | None:
@@ -155,17 +165,19 @@ class BreakerMachine(RuleBasedStateMachine):
         await self.real[1].aclose()
         await self.client.aclose()
 
-    @rule()
-    def ask(self) -> None:
+    @rule(limit_s=LIMITS_S)
+    def ask(self, limit_s: float) -> None:
         was_open = self.model.status is BreakerStatus.OPEN
-        expected = self.model.allow()
+        expected = self.model.allow(limit_s)
         answers = [
-            self.world.loop.run_until_complete(one.allow(SCOPE, "run:1")) for one in self.real
+            self.world.loop.run_until_complete(one.allow(SCOPE, "run:1", limit_s))
+            for one in self.real
         ]
         if expected is None:
-            assert all(
-                isinstance(answer, Refused) and answer.retry_after_s > 0 for answer in answers
-            )
+            for answer in answers:
+                assert isinstance(answer, Refused)
+                assert answer.retry_after_s > 0
+                assert abs(answer.retry_after_s - self.model.wait_s()) < MARGIN_S
             return
         permits = [answer for answer in answers if isinstance(answer, Permit)]
         assert len(permits) == 2
@@ -181,18 +193,26 @@ class BreakerMachine(RuleBasedStateMachine):
     def end_one(self, data: st.DataObject, ok: bool | None) -> None:
         self._report(self.calls.pop(data.draw(st.integers(0, len(self.calls) - 1))), ok)
 
-    @rule(outcomes=st.lists(OUTCOMES, min_size=1, max_size=2 * THRESHOLD))
-    def call_in_a_row(self, outcomes: list[bool | None]) -> None:
+    @rule(outcomes=st.lists(OUTCOMES, min_size=1, max_size=2 * THRESHOLD), limit_s=LIMITS_S)
+    def call_in_a_row(self, outcomes: list[bool | None], limit_s: float) -> None:
         for ok in outcomes:
             calls = len(self.calls)
-            self.ask()
+            self.ask(limit_s)
             if len(self.calls) > calls:
                 self._report(self.calls.pop(), ok)
 
-    @rule(seconds=WAITS_S, ok=OUTCOMES)
-    def call_later(self, seconds: float, ok: bool | None) -> None:
+    @rule(seconds=WAITS_S, ok=OUTCOMES, limit_s=LIMITS_S)
+    def call_later(self, seconds: float, ok: bool | None, limit_s: float) -> None:
         self.wait(seconds)
-        self.call_in_a_row([ok])
+        self.call_in_a_row([ok], limit_s)
+
+    @precondition(lambda self: self.model.status is not BreakerStatus.CLOSED)
+    @rule(limits_s=st.tuples(LIMITS_S, LIMITS_S), seconds=WAITS_S)
+    def ask_behind_a_probe(self, limits_s: tuple[float, float], seconds: float) -> None:
+        self.wait(COOLDOWN_S)
+        self.ask(limits_s[0])
+        self.wait(seconds)
+        self.ask(limits_s[1])
 
     def _report(self, call: Call, ok: bool | None) -> None:
         expected = self.model.report(call.model, ok)

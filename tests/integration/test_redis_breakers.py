@@ -20,6 +20,7 @@ from tests.redis_kit import MortalRedis, elapse, make_client, until
 from tests.servers import RunningRedis, free_port
 
 COOLDOWN_S = 30.0
+LIMIT_S = 60.0
 SCOPE = "http::tool.example:443"
 KEY = f"flexrun:cb:{{{SCOPE}}}"
 Make = Callable[..., RedisBreakers]
@@ -46,8 +47,8 @@ async def make(redis_server: RunningRedis) -> AsyncIterator[Make]:
         yield make_one
 
 
-async def allowed(breakers: RedisBreakers, scope: str = SCOPE) -> Permit:
-    answer = await breakers.allow(scope, "run-1:1")
+async def allowed(breakers: RedisBreakers, scope: str = SCOPE, limit_s: float = LIMIT_S) -> Permit:
+    answer = await breakers.allow(scope, "run-1:1", limit_s)
     assert isinstance(answer, Permit)
     return answer
 
@@ -66,7 +67,7 @@ async def test_failures_of_two_processes_add_up(make: Make, client: Any) -> None
 
     assert tripped.worker_id == ""
     for breakers in (first, second):
-        assert isinstance(await breakers.allow(SCOPE, "run-1:1"), Refused)
+        assert isinstance(await breakers.allow(SCOPE, "run-1:1", LIMIT_S), Refused)
 
 
 async def test_two_workers_racing_trip_once_per_opening(make: Make, client: Any) -> None:
@@ -101,11 +102,48 @@ async def test_every_key_has_a_time_to_live(make: Make, client: Any) -> None:
         assert await client.pttl(key) > (10 * COOLDOWN_S - 5) * 1000, key
 
 
+async def test_a_breaker_outlives_the_longest_call(make: Make, client: Any) -> None:
+    """As long as somebody may report on it, it is in Redis and in the index."""
+    breakers, day_s = make(threshold=2), 86_400.0
+
+    async def lives_longer() -> bool:
+        ends = [await client.pttl(KEY) / 1000, await client.pttl(INDEX_KEY) / 1000]
+        seconds, _ = await client.time()
+        ends.append(await client.zscore(INDEX_KEY, SCOPE) - seconds)
+        return bool(min(ends) > 2 * day_s)
+
+    for _ in range(2):
+        await breakers.report(await allowed(breakers, limit_s=day_s), False, "run-1:1")
+        assert await lives_longer(), "or its failures are never in a row"
+    await elapse(client, SCOPE, COOLDOWN_S + 1)
+    await allowed(breakers, limit_s=day_s)
+    await make().allow(SCOPE, "run-1:1", 1.0)
+    assert await lives_longer(), "half open, whoever asks meanwhile"
+
+
+async def test_all_scopes_are_read_in_a_few_round_trips(make: Make, client: Any) -> None:
+    breakers = make()
+    scopes = [f"scope {number:03}" for number in range(300)]
+    told = await asyncio.gather(*(fail(breakers, scope) for scope in scopes))
+    before = await reads_of(client)
+    views = await breakers.views()
+    kept = await breakers.unannounced()
+
+    assert await reads_of(client) - before < 100
+    assert [view.scope for view in views] == scopes
+    assert [transition for transition, _ in kept] == told
+
+
+async def reads_of(client: Any) -> int:
+    """How often Redis read from any socket."""
+    return int((await client.info("stats"))["total_reads_processed"])
+
+
 async def test_a_transition_is_kept_until_it_is_forgotten(make: Make, client: Any) -> None:
     first, second = make(), make()
     tripped = await fail(first, holder="run-7:3")
     await elapse(client, SCOPE, COOLDOWN_S + 1)
-    probe = await second.allow(SCOPE, "run:with:colons")
+    probe = await second.allow(SCOPE, "run:with:colons", LIMIT_S)
     assert isinstance(probe, Permit)
     closed = await second.report(probe, True, "run-9:1")
     assert probe.transition is not None
@@ -152,7 +190,7 @@ async def test_scopes_are_found_again_after_a_flush(make: Make, client: Any) -> 
     await fail(breakers)
     assert await breakers.unannounced() == []
     now[0] += 10.0
-    await breakers.allow(SCOPE, "run-1:1")
+    await breakers.allow(SCOPE, "run-1:1", LIMIT_S)
 
     assert [transition.kind for transition, _ in await breakers.unannounced()] == ["tripped"]
 
@@ -202,7 +240,7 @@ async def test_a_key_that_somebody_filled_breaks_no_call(
 
 async def test_the_index_holds_the_scopes_in_use_and_no_more(make: Make, client: Any) -> None:
     seconds, _ = await client.time()
-    await client.zadd(INDEX_KEY, {f"in use {n}": seconds for n in range(SCOPES_MAX + 100)})
+    await client.zadd(INDEX_KEY, {f"in use {n}": seconds + 60 for n in range(SCOPES_MAX + 100)})
     await client.zadd(INDEX_KEY, {f"of last year {n}": 0 for n in range(100)})
     await allowed(make())
 
@@ -223,7 +261,7 @@ async def test_without_redis_this_process_judges_alone(
     assert permit.is_local
     assert breakers.is_degraded
     assert (tripped.worker_id, tripped.degraded) == ("worker-1", True)
-    assert isinstance(await breakers.allow(SCOPE, "run-1:1"), Refused)
+    assert isinstance(await breakers.allow(SCOPE, "run-1:1", LIMIT_S), Refused)
     assert [(v.scope, v.degraded) for v in await breakers.views()] == [(SCOPE, True)]
     assert await breakers.reset(SCOPE) is not None
     with pytest.raises(KeyError):
@@ -275,7 +313,9 @@ async def test_a_frozen_redis_holds_nobody_up(make: Make, tmp_path: Path) -> Non
         await until(lambda: is_shared(breakers), "a first answer from Redis")
         server.freeze()
         try:
-            answers = await asyncio.gather(*(breakers.allow(SCOPE, "run-1:1") for _ in range(200)))
+            answers = await asyncio.gather(
+                *(breakers.allow(SCOPE, "run-1:1", LIMIT_S) for _ in range(200))
+            )
             assert all(isinstance(a, Permit) and a.is_local for a in answers)
             assert breakers.is_degraded
         finally:
@@ -284,14 +324,14 @@ async def test_a_frozen_redis_holds_nobody_up(make: Make, tmp_path: Path) -> Non
 
 
 async def is_shared(breakers: RedisBreakers) -> bool:
-    answer = await breakers.allow("another", "run-1:1")
+    answer = await breakers.allow("another", "run-1:1", LIMIT_S)
     return isinstance(answer, Permit) and not answer.is_local
 
 
 async def test_a_process_that_stood_still_does_not_blame_redis(make: Make, client: Any) -> None:
     breakers = make(budget_s=0.05)
     await until(lambda: is_shared(breakers), "a first answer from Redis")
-    asking = asyncio.create_task(breakers.allow(SCOPE, "run-1:1"))
+    asking = asyncio.create_task(breakers.allow(SCOPE, "run-1:1", LIMIT_S))
     await asyncio.sleep(0)
     time.sleep(0.2)  # noqa: ASYNC251 - the point of the test
     await asking
@@ -344,7 +384,7 @@ async def test_a_probe_that_nobody_heard_of_is_given_back(make: Make, client: An
     await elapse(client, SCOPE, COOLDOWN_S + 1)
     granted = 0
     for steps in range(40):
-        asking = asyncio.create_task(breakers.allow(SCOPE, "run-1:1"))
+        asking = asyncio.create_task(breakers.allow(SCOPE, "run-1:1", LIMIT_S))
         for _ in range(steps):
             await asyncio.sleep(0)
         asking.cancel()
@@ -361,6 +401,6 @@ async def test_a_probe_that_nobody_heard_of_is_given_back(make: Make, client: An
 
 async def probe_at_last(breakers: RedisBreakers) -> Permit:
     async with asyncio.timeout(10):
-        while not isinstance(answer := await breakers.allow(SCOPE, "run-1:1"), Permit):  # noqa: ASYNC110
+        while not isinstance(answer := await breakers.allow(SCOPE, "run-1:1", LIMIT_S), Permit):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     return answer

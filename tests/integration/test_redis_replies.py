@@ -17,6 +17,7 @@ from tests.redis_kit import MortalRedis, make_client, until
 
 SCOPES = 50
 CUTS = 200
+LIMIT_S = 60.0
 
 
 @asynccontextmanager
@@ -34,7 +35,7 @@ async def open_all(breakers: RedisBreakers) -> dict[str, int]:
     """Open a breaker for each scope; its generation is how its replies are known."""
     generations = {}
     for number in range(SCOPES):
-        permit = await breakers.allow(f"scope-{number}", "run-1:1")
+        permit = await breakers.allow(f"scope-{number}", "run-1:1", LIMIT_S)
         assert isinstance(permit, Permit)
         tripped = await breakers.report(permit, False, "run-1:1")
         assert tripped is not None
@@ -53,7 +54,7 @@ async def test_after_a_cancellation(tmp_path: Path) -> None:
 
             async def ask(scope: str) -> None:
                 nonlocal checks
-                answer = await breakers.allow(scope, "run-1:1")
+                answer = await breakers.allow(scope, "run-1:1", LIMIT_S)
                 assert isinstance(answer, Refused)
                 assert answer.generation == generations[scope]
                 checks += 1
@@ -88,19 +89,19 @@ async def test_after_a_time_out(tmp_path: Path) -> None:
                 server.freeze()
                 try:
                     during = await asyncio.gather(
-                        *(breakers.allow(scope, "run-1:1") for scope in generations)
+                        *(breakers.allow(scope, "run-1:1", LIMIT_S) for scope in generations)
                     )
                 finally:
                     server.thaw()
                 assert all(isinstance(answer, Permit) and answer.is_local for answer in during)
                 await until(lambda: is_shared(breakers), "Redis is found again")
                 for scope, generation in generations.items():
-                    answer = await breakers.allow(scope, "run-1:1")
+                    answer = await breakers.allow(scope, "run-1:1", LIMIT_S)
                     if isinstance(answer, Refused):
                         assert answer.generation == generation
                         checks += 1
 
 
 async def is_shared(breakers: RedisBreakers) -> bool:
-    answer = await breakers.allow("another", "run-1:1")
+    answer = await breakers.allow("another", "run-1:1", LIMIT_S)
     return isinstance(answer, Permit) and not answer.is_local

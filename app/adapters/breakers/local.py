@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from app.adapters.breakers.policy import PROBE_LOOK_S, SCOPES_MAX, Policy
+from app.adapters.breakers.policy import SCOPES_MAX, Policy, look_s, probe_s
 from app.kit.clock import now_ms
 from app.ports import (
     BreakerStatus,
@@ -35,7 +35,16 @@ class _Breaker:
     opened_at: int | None = None
     open_until: float = 0.0
     probe: str = ""
+    probe_at: float = 0.0
     probe_until: float = 0.0
+
+    def wait_s(self, now: float) -> float:
+        """How long whoever asks now is refused; 0 when a call may be made."""
+        if self.status is BreakerStatus.OPEN:
+            return max(0.0, self.open_until - now)
+        if self.probe and now < self.probe_until:
+            return look_s(now - self.probe_at, self.probe_until - now)
+        return 0.0
 
 
 class LocalBreakers:
@@ -64,22 +73,20 @@ class LocalBreakers:
         """Never: nobody was meant to share these."""
         return False
 
-    async def allow(self, scope: str, holder: str) -> Permit | Refused:
+    async def allow(self, scope: str, holder: str, limit_s: float) -> Permit | Refused:
         breaker = self._known(scope)
         now = self._clock()
         if breaker.status is BreakerStatus.CLOSED:
             return Permit(scope, breaker.generation, is_local=True)
-        if breaker.status is BreakerStatus.OPEN and now < breaker.open_until:
-            return Refused(scope, breaker.generation, breaker.open_until - now)
-        if breaker.probe and now < breaker.probe_until:
-            wait_s = min(PROBE_LOOK_S, breaker.probe_until - now)
+        if (wait_s := breaker.wait_s(now)) > 0:
             return Refused(scope, breaker.generation, wait_s)
         transition = None
         if breaker.status is BreakerStatus.OPEN:
             breaker.status = BreakerStatus.HALF_OPEN
             transition = self._transition(scope, breaker, TransitionKind.HALF_OPEN)
         breaker.probe = f"local-{next(self._probes)}"
-        breaker.probe_until = now + self._policy.probe_s
+        breaker.probe_at = now
+        breaker.probe_until = now + probe_s(limit_s)
         return Permit(scope, breaker.generation, breaker.probe, transition, is_local=True)
 
     async def report(self, permit: Permit, ok: bool | None, holder: str) -> Transition | None:
@@ -168,17 +175,12 @@ class LocalBreakers:
 
 
 def _view(scope: str, breaker: _Breaker, now: float, *, degraded: bool) -> BreakerView:
-    wait_s = 0.0
-    if breaker.status is BreakerStatus.OPEN:
-        wait_s = max(0.0, breaker.open_until - now)
-    elif breaker.probe and now < breaker.probe_until:
-        wait_s = min(PROBE_LOOK_S, breaker.probe_until - now)
     return BreakerView(
         scope=scope,
         status=breaker.status,
         generation=breaker.generation,
         failures=breaker.failures,
         opened_at=breaker.opened_at,
-        retry_after_s=wait_s,
+        retry_after_s=breaker.wait_s(now),
         degraded=degraded,
     )

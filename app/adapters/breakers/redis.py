@@ -23,8 +23,8 @@ from typing import Any
 
 from app.adapters.breakers import scripts
 from app.adapters.breakers.local import LocalBreakers
-from app.adapters.breakers.policy import SCOPES_MAX, Policy
-from app.adapters.breakers.runner import ScriptRunner, StoodStillError
+from app.adapters.breakers.policy import SCOPES_MAX, Policy, probe_s
+from app.adapters.breakers.runner import BATCH_MAX, ScriptRunner, StoodStillError
 from app.adapters.breakers.scripts import RANKS, Script
 from app.ports import (
     BreakerStatus,
@@ -40,6 +40,8 @@ log = logging.getLogger("flexrun.breakers")
 BUDGET_S = 0.05
 RETRY_S = 1.0
 LIST_EVERY_S = 10.0
+KEEP_S = 600.0
+"""A breaker that nothing happens to is forgotten, but not before."""
 UNRETURNED_MAX = 1_024
 INDEX_KEY = "flexrun:cb:index"
 CHECK_KEY = "flexrun:cb:check"
@@ -62,11 +64,7 @@ class RedisBreakers:
         clock: Callable[[], float] = time.monotonic,
         budget_s: float = BUDGET_S,
     ) -> None:
-        policy = Policy(threshold, cooldown_s)
-        self._threshold = threshold
-        self._cooldown_ms = round(cooldown_s * 1000)
-        self._probe_ms = round(policy.probe_s * 1000)
-        self._ttl_ms = 10 * self._probe_ms
+        self._policy = Policy(threshold, cooldown_s)
         self._clock = clock
         self._local = LocalBreakers(
             threshold=threshold,
@@ -81,24 +79,25 @@ class RedisBreakers:
         self._token_prefix = secrets.token_hex(8)
         self._token_numbers = itertools.count(1)
         self._unreturned: dict[str, str] = {}  # token -> scope
-        self._listed: OrderedDict[str, float] = OrderedDict()  # scope -> when
+        self._listed: OrderedDict[tuple[str, int], float] = OrderedDict()  # scope, TTL -> when
         self._newest_generation = 0
 
     @property
     def is_degraded(self) -> bool:
         return self._is_away
 
-    async def allow(self, scope: str, holder: str) -> Permit | Refused:
+    async def allow(self, scope: str, holder: str, limit_s: float) -> Permit | Refused:
         if self._is_away:
-            return await self._local.allow(scope, holder)
+            return await self._local.allow(scope, holder, limit_s)
         token = f"{self._token_prefix}-{next(self._token_numbers)}"
         try:
-            await self._list(scope)
-            arguments = (holder, token, self._probe_ms, self._ttl_ms)
+            ttl_ms = self._ttl_ms(limit_s)
+            await self._list(scope, ttl_ms)
+            arguments = (holder, token, _ms(probe_s(limit_s)), ttl_ms)
             answer = await self._ask(scripts.ALLOW, _key(scope), *arguments)
         except _AwayError:
             self._return_later(scope, token)
-            return await self._local.allow(scope, holder)
+            return await self._local.allow(scope, holder, limit_s)
         except asyncio.CancelledError:
             self._return_later(scope, token)
             raise
@@ -107,8 +106,9 @@ class RedisBreakers:
             case "refused":
                 return Refused(scope, generation, int(answer[2]) / 1000)
             case "probe":
-                return Permit(scope, generation, token, _told(scope, answer[2]))
-        return Permit(scope, generation)
+                told = _told(scope, answer[2])
+                return Permit(scope, generation, token, told, limit_s=limit_s)
+        return Permit(scope, generation, limit_s=limit_s)
 
     async def report(self, permit: Permit, ok: bool | None, holder: str) -> Transition | None:
         if permit.is_local:
@@ -130,7 +130,7 @@ class RedisBreakers:
 
     async def views(self) -> list[BreakerView]:
         try:
-            return [_view(scope, await self._read(scope)) for scope in await self._scopes()]
+            return [_view(scope, row) for scope, row in await self._rows()]
         except _AwayError:
             return await self._local.views()
 
@@ -138,13 +138,13 @@ class RedisBreakers:
         try:
             if scope not in await self._scopes():
                 raise KeyError(scope)
-            return _told(scope, await self._ask(scripts.RESET, _key(scope), self._ttl_ms))
+            return _told(scope, await self._ask(scripts.RESET, _key(scope), self._ttl_ms()))
         except _AwayError:
             return await self._local.reset(scope)
 
     async def unannounced(self) -> list[tuple[Transition, str]]:
         try:
-            rows = [(scope, await self._read(scope)) for scope in await self._scopes()]
+            rows = await self._rows()
         except _AwayError:
             return []
         return [kept for scope, row in rows for kept in _kept(scope, row[5])]
@@ -167,30 +167,44 @@ class RedisBreakers:
         await self._runner.aclose()
 
     async def _tell(self, permit: Permit, ok: bool | None, holder: str) -> list[str]:
-        key = _key(permit.scope)
+        key, ttl_ms = _key(permit.scope), self._ttl_ms(permit.limit_s)
         if ok is None:
-            answer = await self._ask(scripts.RELEASE, key, permit.probe, self._ttl_ms)
+            answer = await self._ask(scripts.RELEASE, key, permit.probe, ttl_ms)
         else:
             answer = await self._ask(
                 *(scripts.REPORT, key, permit.generation, permit.probe, int(ok), holder),
-                *(self._threshold, self._cooldown_ms, self._newest_generation, self._ttl_ms),
+                *(self._policy.threshold, _ms(self._policy.cooldown_s)),
+                *(self._newest_generation, ttl_ms),
             )
         return list(answer)
 
     async def _scopes(self) -> list[str]:
         return sorted(await self._ask(scripts.SCOPES, INDEX_KEY))
 
+    async def _rows(self) -> list[tuple[str, Any]]:
+        """Every scope with its READ, in full batches but one by one: others want to ask between."""
+        scopes = await self._scopes()
+        rows: list[tuple[str, Any]] = []
+        for start in range(0, len(scopes), BATCH_MAX):
+            batch = scopes[start : start + BATCH_MAX]
+            rows += zip(batch, await asyncio.gather(*map(self._read, batch)), strict=True)
+        return rows
+
     async def _read(self, scope: str) -> Any:
         return await self._ask(scripts.READ, _key(scope))
 
-    async def _list(self, scope: str) -> None:
+    def _ttl_ms(self, limit_s: float = 0.0) -> int:
+        """Of a breaker whose calls may take `limit_s`: they and its cool-down end long before."""
+        return _ms(max(KEEP_S, 10 * self._policy.cooldown_s, 10 * probe_s(limit_s)))
+
+    async def _list(self, scope: str, ttl_ms: int) -> None:
         """Put the scope into the index, before its breaker can change."""
-        now = self._clock()
-        if now - self._listed.get(scope, float("-inf")) < LIST_EVERY_S:
+        now, entry = self._clock(), (scope, ttl_ms)
+        if now - self._listed.get(entry, float("-inf")) < LIST_EVERY_S:
             return
-        await self._ask(scripts.LIST, INDEX_KEY, scope, self._ttl_ms, SCOPES_MAX)
-        self._listed[scope] = now
-        self._listed.move_to_end(scope)
+        await self._ask(scripts.LIST, INDEX_KEY, scope, ttl_ms, SCOPES_MAX)
+        self._listed[entry] = now
+        self._listed.move_to_end(entry)
         if len(self._listed) > SCOPES_MAX:
             self._listed.popitem(last=False)
 
@@ -240,7 +254,7 @@ class RedisBreakers:
                         await self._runner.connect()
                     await self._runner.run(scripts.CHECK, CHECK_KEY)
                     for token, scope in list(self._unreturned.items()):
-                        await self._runner.run(scripts.RELEASE, _key(scope), token, self._ttl_ms)
+                        await self._runner.run(scripts.RELEASE, _key(scope), token, self._ttl_ms())
                         del self._unreturned[token]
             except Exception as error:
                 self._lose(error)
@@ -257,6 +271,10 @@ class RedisBreakers:
 
 def _key(scope: str) -> str:
     return f"flexrun:cb:{{{scope}}}"
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
 
 
 def _name(transition: Transition) -> str:

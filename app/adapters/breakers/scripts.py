@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from app.adapters.breakers.policy import PROBE_LOOK_S
+from app.adapters.breakers.policy import PROBE_LOOK_MAX_S, PROBE_LOOK_S
 from app.ports import TransitionKind
 
 TRANSITIONS_MAX = 32
@@ -68,9 +68,11 @@ local wait = 0
 if status == 'open' and now >= opened_at then
   wait = math.max(0, opened_at + cooldown - now)
 elseif status == 'half_open' and probe ~= '' and now >= probe_at and now < probe_until then
-  wait = math.min(PROBE_LOOK_MS, probe_until - now)
+  wait = math.min(math.max(LOOK_MS, now - probe_at), LOOK_MAX_MS, probe_until - now)
 end
-""".replace("PROBE_LOOK_MS", str(round(PROBE_LOOK_S * 1000)))
+""".replace("LOOK_MS", str(round(PROBE_LOOK_S * 1000))).replace(
+    "LOOK_MAX_MS", str(round(PROBE_LOOK_MAX_S * 1000))
+)
 
 _CHANGE = """
 local ranks = {RANKS}
@@ -214,17 +216,20 @@ LIST = Script(
     + """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
-redis.call('ZADD', key, now, ARGV[1])
-redis.call('ZREMRANGEBYSCORE', key, '-inf', now - ARGV[2] / 1000)
+redis.call('ZADD', key, 'GT', now + ARGV[2] / 1000, ARGV[1])
+redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
 redis.call('ZREMRANGEBYRANK', key, 0, -(ARGV[3] + 1))
-redis.call('PEXPIRE', key, ARGV[2])
+if redis.call('PTTL', key) < tonumber(ARGV[2]) then redis.call('PEXPIRE', key, ARGV[2]) end
 return {}
 """
 )
-"""`scope, ttl, scopes_max`. The scope is in use."""
+"""`scope, ttl, scopes_max`. The scope is in use, and listed until its TTL is over.
+
+Scores are those ends, and none comes sooner: callers with short calls list with a short TTL.
+"""
 
 SCOPES = Script(_INDEX + "return redis.call('ZRANGE', key, 0, -1)")
-"""Every scope that was in use within the TTL."""
+"""Every scope that was in use within its TTL."""
 
 CHECK = Script("redis.call('SET', KEYS[1], '1', 'PX', 10000) return {}")
 """Whether Redis takes writes; a PING is answered by a read-only replica, too."""

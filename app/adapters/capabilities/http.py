@@ -148,7 +148,7 @@ class HttpAdapter:
         for code, message, _pointer in self._config_faults(config):
             is_target = code in EgressRefused.CODES
             shown = "egress_refused" if is_target else "capability_misconfigured"
-            raise CallFailed(shown, message, retryable=False)
+            raise CallFailed(shown, message, retryable=False, target_failed=None)
         url = self._policy.check_url(config["url"])
         headers = dict(config.get("headers", {}))
         values = {
@@ -225,7 +225,7 @@ def _request(call: Call, target: _Target, progress: SendProgress) -> httpx.Reque
         )
     except orjson.JSONEncodeError as error:
         text = "the inputs can not be written as JSON"
-        raise CallFailed("capability_error", text, retryable=False) from error
+        raise CallFailed("capability_error", text, retryable=False, target_failed=None) from error
     headers = {
         **target.headers,
         "Accept": "application/json",

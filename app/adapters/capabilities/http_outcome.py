@@ -11,7 +11,8 @@
 | 2xx: no JSON object, too large, other media type | capability_garbage | not at_most_once | no |
 | forbidden target | egress_refused | no | no |
 
-The breaker of the far side counts the first five rows, and none of the others.
+The breaker of the far side counts the first five rows. The next two are answers, so they are good
+news to it; a forbidden target was not called, which says nothing.
 
 Garbage is a definite answer: the far side has acted. Where acting again does no harm a repetition
 may give a better answer; an `at_most_once` node fails, since its result is lost for good.
@@ -36,7 +37,7 @@ RETRY_AFTER_S_MAX = 86_400.0
 
 def refused_target(error: EgressRefused) -> CallFailed:
     """The policy forbids the URL or the address behind it."""
-    return CallFailed("egress_refused", error.message, retryable=False)
+    return CallFailed("egress_refused", error.message, retryable=False, target_failed=None)
 
 
 def timed_out(*, sent: bool) -> CallFailed:
