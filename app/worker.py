@@ -192,7 +192,8 @@ class Worker:
         the next loss tells which of them it is. After a while another may come."""
         if self._suspect is not None:
             run_id, since = self._suspect
-            if self._runner.is_suspect(run_id) and time.monotonic() - since < PROBATION_S:
+            is_here = self._take_up.holds(run_id) or self._runner.is_suspect(run_id)
+            if is_here and time.monotonic() - since < PROBATION_S:
                 return 0
         return 1
 

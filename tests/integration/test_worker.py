@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -411,3 +412,20 @@ async def test_a_worker_hears_of_runs_and_signals_without_a_poll(
             assert response.status_code == 202, response.text
             await until(api, run_id, "RUN_CANCELLED")
         assert api.services.runner.driven == 0
+
+
+async def test_a_suspect_that_is_still_being_read_is_driven_beside_no_other(
+    service: RunningService,
+) -> None:
+    """Two that were lost together would else go on together, and the innocent one be lost again."""
+    worker = worker_module.Worker(service.services)
+    run_id = new_id()
+    worker._suspect = (run_id, time.monotonic())
+    assert worker._room_for_suspects() == 1
+    reading = asyncio.create_task(asyncio.Event().wait())
+    worker._take_up._tasks[run_id] = reading
+    try:
+        assert worker._room_for_suspects() == 0
+    finally:
+        del worker._take_up._tasks[run_id]
+        reading.cancel()
