@@ -19,18 +19,13 @@ from tests.chaos.scenarios import SCENARIOS
 from tests.chaos.suite import Result
 from tests.chaos.workload import order
 
-QUICK = (
-    "published before the commit",
-    "replay from the last event on, not behind it",
-    "an at_most_once call is repeated after a take-over",
-)
+QUICK = "an at_most_once call is repeated after a take-over"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", QUICK)
-async def test_a_planted_bug_is_caught(name: str) -> None:
-    [mutant] = [mutant for mutant in MUTANTS if mutant.name == name]
+async def test_a_planted_bug_is_caught() -> None:
+    [mutant] = [mutant for mutant in MUTANTS if mutant.name == QUICK]
     assert (await judged(mutant.scenario, mutant)).violations
 
 
@@ -56,7 +51,6 @@ def test_a_bug_that_does_not_match_once_is_an_error(tmp_path: Path) -> None:
 def test_there_are_enough_planted_bugs() -> None:
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 12
     assert {mutant.scenario for mutant in MUTANTS} == SCENARIOS.keys()
-    assert set(QUICK) <= {mutant.name for mutant in MUTANTS}
 
 
 def test_a_seed_decides_the_faults_and_the_envelopes() -> None:

@@ -422,7 +422,7 @@ async def test_a_suspect_that_is_still_being_read_is_driven_beside_no_other(
     run_id = new_id()
     worker._suspect = (run_id, time.monotonic())
     assert worker._room_for_suspects() == 1
-    reading = asyncio.create_task(asyncio.Event().wait())
+    reading = asyncio.create_task(asyncio.sleep(PATIENCE_S))
     worker._take_up._tasks[run_id] = reading
     try:
         assert worker._room_for_suspects() == 0
