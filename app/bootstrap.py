@@ -126,53 +126,30 @@ async def open_services(
         await journal.start()
         stack.push_async_callback(journal.close)
 
-        transport = EgressTransport(EgressPolicy(settings.egress_allow))
-        packs = standard_packs(transport)
         secrets = _secrets(settings.secrets_file)
-        http = HttpAdapter(
-            transport,
-            secrets,
-            response_bytes_max=settings.value_bytes_max,
+        registry, adapters = await _open_registry(settings, database, secrets, stack)
+        execution_limits = ExecutionLimits(
+            settings.value_bytes_max, settings.backoff_base_ms, settings.backoff_max_ms
         )
-        stack.push_async_callback(http.aclose)
-        adapters: dict[CapabilityKind, CapabilityAdapter] = {
-            CapabilityKind.BUILTIN: BuiltinAdapter(packs),
-            CapabilityKind.HTTP: http,
-        }
-        registry = Registry(RegistryStore(database), adapters, sweep_s=settings.sweep_s)
-        await registry.start()
-        stack.push_async_callback(registry.close)
-        for pack in packs:
-            await registry.seed(pack.facets(), pack.registrations())
-
-        executor = Executor(
-            adapters,
-            registry.image,
-            ExecutionLimits(
-                settings.value_bytes_max, settings.backoff_base_ms, settings.backoff_max_ms
-            ),
-            breakers,
-        )
-        plan_limits = PlanLimits(settings.nodes_max, settings.edges_max, settings.depth_max)
+        announce_work = partial(wake_ups.announce, Topic.WORK)
         drive = Drive(
             journal=journal,
-            executor=executor,
+            executor=Executor(adapters, registry.image, execution_limits, breakers),
             image=registry.image,
             lease=lease,
             limits=LoopLimits(settings.events_max, settings.latency_record),
-            plan_limits=plan_limits,
+            plan_limits=PlanLimits(settings.nodes_max, settings.edges_max, settings.depth_max),
             metrics=metrics,
-            announce_work=partial(wake_ups.announce, Topic.WORK),
+            announce_work=announce_work,
         )
         runner = Runner(drive, runs_max=0 if role == "api" else settings.runs_max)
         wake_ups.start()
-        announce_work = drive.announce_work
         commands = Commands(
             journal,
             runner,
             reader,
             database,
-            plan_limits,
+            drive.plan_limits,
             announce_work,
             settings.submit_timeout_s,
         )
@@ -201,6 +178,26 @@ async def open_services(
             metrics=metrics,
             queue_watch=QueueWatch(database),
         )
+
+
+async def _open_registry(
+    settings: Settings, database: Database, secrets: SecretStore, stack: AsyncExitStack
+) -> tuple[Registry, dict[CapabilityKind, CapabilityAdapter]]:
+    """What can be called, and who calls it. The packs' own capabilities are there from now on."""
+    transport = EgressTransport(EgressPolicy(settings.egress_allow))
+    packs = standard_packs(transport)
+    http = HttpAdapter(transport, secrets, response_bytes_max=settings.value_bytes_max)
+    stack.push_async_callback(http.aclose)
+    adapters: dict[CapabilityKind, CapabilityAdapter] = {
+        CapabilityKind.BUILTIN: BuiltinAdapter(packs),
+        CapabilityKind.HTTP: http,
+    }
+    registry = Registry(RegistryStore(database), adapters, sweep_s=settings.sweep_s)
+    await registry.start()
+    stack.push_async_callback(registry.close)
+    for pack in packs:
+        await registry.seed(pack.facets(), pack.registrations())
+    return registry, adapters
 
 
 def _wake_ups(

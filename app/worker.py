@@ -99,7 +99,7 @@ class Worker:
             await self._take_up.abandon()
             await self._runner.abandon()
             await self._lease.forget_ourselves()
-        if not self._lease.worker_id:
+        if self._lease.is_nobody:
             await self._lease.register()
         try:
             await self._lease.renew()

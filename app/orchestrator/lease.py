@@ -62,7 +62,9 @@ class Lease:
         """Called when the lock session ended without us."""
         self.has_company = False
         """Whether other workers took part at the last look."""
+        self.is_nobody = True
         self.worker_id = ""
+        """Who we are, or were last."""
 
     @property
     def held(self) -> bool:
@@ -72,12 +74,12 @@ class Lease:
     @property
     def fenced(self) -> bool:
         """Too long without a renewal: whatever we drove may belong to others now."""
-        return bool(self.worker_id) and time.monotonic() >= self._good_until
+        return not self.is_nobody and time.monotonic() >= self._good_until
 
     async def forget_ourselves(self) -> None:
         """We are no worker any more, until `register` makes us another one."""
         self._former.append(self.worker_id)
-        self.worker_id = ""
+        self.is_nobody = True
         self._good_until = 0.0
         await self.close()
 
@@ -104,7 +106,7 @@ class Lease:
         """
         worker_id = f"{socket.gethostname()}:{os.getpid()}:{new_id().hex[-12:]}"
         await self._open_session(worker_id)
-        self.worker_id = worker_id
+        self.worker_id, self.is_nobody = worker_id, False
         self._registered.set()
         log.info("worker %s takes part", worker_id)
         if self._former:
