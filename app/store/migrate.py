@@ -5,6 +5,7 @@ A service refuses to start on a database that is behind; the embedded one it mig
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from alembic import command
@@ -24,11 +25,16 @@ def _config() -> Config:
     return Config(str(Path(__file__).parents[2] / "alembic.ini"))
 
 
+@functools.cache  # it imports every migration, and readiness asks for it
+def _revisions() -> tuple[str, ...]:
+    """Those of the source tree, the newest first."""
+    scripts = ScriptDirectory.from_config(_config()).walk_revisions()
+    return tuple(script.revision for script in scripts)
+
+
 def head_revision() -> str:
     """The newest revision in the source tree."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
-    assert head is not None
-    return head
+    return _revisions()[0]
 
 
 def is_behind(revision: str | None) -> bool:
@@ -37,8 +43,7 @@ def is_behind(revision: str | None) -> bool:
     A revision that is not in the source tree is a newer one: migrations leave the previous version
     working, so that processes can be replaced one by one.
     """
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
-    return revision is None or (revision in known and revision != head_revision())
+    return revision is None or (revision in _revisions() and revision != head_revision())
 
 
 async def current_revision(database: Database) -> str | None:
