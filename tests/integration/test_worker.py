@@ -429,3 +429,24 @@ async def test_a_suspect_that_is_still_being_read_is_driven_beside_no_other(
     finally:
         del worker._take_up._tasks[run_id]
         reading.cancel()
+
+
+async def test_a_contract_that_no_longer_compiles_holds_up_nobody_else(dsn: str) -> None:
+    """Facets change; a run of the queue that can not be started is claimed together with others."""
+    async with running_service(make_settings(runs_max=0), dsn) as api:
+        bad, *good = [(await api.submit(diamond()))["run_id"] for _ in range(4)]
+        await rows(
+            api,
+            """update runs set envelope = jsonb_set(envelope::jsonb, '{output_contract}', $2)::text
+            where run_id = $1""",
+            UUID(bad),
+            '{"mode": "facets", "facets": ["gone.away"]}',
+        )
+        async with running_service(make_settings(), dsn) as driver:
+            for run_id in good:
+                [*_, last] = await driver.events(run_id)
+                assert last.event == "RUN_DONE"
+            [*_, last] = await driver.events(bad)
+            assert last.json["data"]["error"]["code"] == "run_unreadable"
+            journal = await driver.events(good[0])
+            assert "RUN_RECOVERED" not in {event.event for event in journal}
