@@ -184,6 +184,8 @@ class Commands:
         run_id = run.handle.run_id
         if self.runner.runs_max:
             self.runner.handed_off.add(run_id)
+        assert opening.new_run is not None
+        size = len(opening.new_run.envelope)
         run.handle.stamp(opening.events, created_ms(run_id))
         recorded = self.journal.record(run.handle, opening)
 
@@ -197,7 +199,7 @@ class Commands:
             run.durable_seq = run.handle.seq
             if not run.accepted.done():  # the client may have given up waiting
                 run.accepted.set_result(None)
-            self.runner.hand_off(run_id, partial(_claimed_inside, run, opening.events))
+            self.runner.hand_off(run_id, partial(_claimed_inside, run, opening.events), size)
             self.announce_work()
 
         recorded.add_done_callback(durable)

@@ -20,16 +20,55 @@ from app.orchestrator.run import DrivenRun
 
 log = logging.getLogger("flexrun.runner")
 
+BACKLOG_MAX = 10_000
+BACKLOG_BYTES_MAX = 16 << 20
+"""Of envelopes as they were sent; parsed they take several times as much."""
+
+
+class _Backlog:
+    """Queued runs that this process holds in memory, ready to be driven, the oldest first.
+
+    It spares them the way through the database. What does not fit is claimed from there.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[UUID, tuple[Callable[[], DrivenRun], int]] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._waiting) < BACKLOG_MAX and self._bytes < BACKLOG_BYTES_MAX
+
+    def add(self, run_id: UUID, make: Callable[[], DrivenRun], size: int) -> None:
+        self._waiting[run_id] = (make, size)
+        self._bytes += size
+
+    def take(self, run_id: UUID) -> Callable[[], DrivenRun] | None:
+        make, size = self._waiting.pop(run_id, (None, 0))
+        self._bytes -= size
+        return make
+
+    def take_first(self) -> tuple[UUID, Callable[[], DrivenRun]]:
+        run_id, (make, size) = self._waiting.popitem(last=False)
+        self._bytes -= size
+        return run_id, make
+
+    def clear(self) -> None:
+        self._waiting.clear()
+        self._bytes = 0
+
 
 class Runner:
     """Drives up to `runs_max` runs at once; with 0 it drives none, and other processes do."""
 
-    def __init__(self, drive: Drive, *, runs_max: int, backlog_max: int = 10_000) -> None:
+    def __init__(self, drive: Drive, *, runs_max: int) -> None:
         self.drive = drive
         self.runs_max = runs_max
-        self._backlog_max = backlog_max
         self._driven: dict[UUID, tuple[DrivenRun, asyncio.Task[None]]] = {}
-        self._backlog: OrderedDict[UUID, Callable[[], DrivenRun]] = OrderedDict()
+        self._backlog = _Backlog()
         self.accepting = True
         self.handed_off: set[UUID] = set()  # queued runs that this process will drive itself
         self.on_free: Callable[[], None] = lambda: None
@@ -61,12 +100,15 @@ class Runner:
         self._driven[run_id] = (run, task)
         task.add_done_callback(partial(self._ended, run_id))
 
-    def hand_off(self, run_id: UUID, make: Callable[[], DrivenRun]) -> None:
-        """Drive a run that is queued already, when there is room. `make` builds it then."""
+    def hand_off(self, run_id: UUID, make: Callable[[], DrivenRun], size: int) -> None:
+        """Drive a run that is queued already, when there is room. `make` builds it then.
+
+        `size`: bytes of its envelope.
+        """
         if self.room > 0:
             self.start(make())
-        elif self.runs_max and len(self._backlog) < self._backlog_max:
-            self._backlog[run_id] = make
+        elif self.runs_max and self._backlog.has_room:
+            self._backlog.add(run_id, make, size)
         else:
             self.handed_off.discard(run_id)  # not for us: any worker may claim it
 
@@ -80,7 +122,7 @@ class Runner:
             driven[0].receive(signal)
         elif (
             signal.run_id in self.handed_off
-            and (make := self._backlog.pop(signal.run_id, None)) is not None
+            and (make := self._backlog.take(signal.run_id)) is not None
         ):
             run = make()
             run.receive(signal)
@@ -97,7 +139,7 @@ class Runner:
             del self._driven[run_id]
             self.handed_off.discard(run_id)
         while self._backlog and self.room > 0:
-            waiting_id, make = self._backlog.popitem(last=False)
+            waiting_id, make = self._backlog.take_first()
             if waiting_id in self.handed_off and waiting_id not in self._driven:
                 self.start(make())  # else it was claimed or started in the meantime
         if was_full and self.room > 0:
