@@ -146,7 +146,8 @@ class Checker:
         """Whether the suite hit one of the workers that the run lost since its last progress.
 
         Three losses in a row look like poison to everybody, and the first of them may have been by
-        a neighbour that is poison. Each was followed by a claim, which moves the epoch on.
+        a neighbour that is poison. Each was followed by a claim, which moves the epoch on; who was
+        about to give the run up may have been hit as well.
         """
         lost = run.rows[-1].data["error"]["lost_workers"]
         epoch = at_progress = 1
@@ -155,7 +156,7 @@ class Checker:
                 epoch = row.data["epoch"]
             elif row.type in PROGRESS:
                 at_progress = epoch
-        in_a_row = len(lost) == 3 and run.head.epoch - at_progress >= 3
+        in_a_row = len(lost) >= 3 and run.head.epoch - at_progress >= 3
         return in_a_row and not self.around.struck.isdisjoint(map(_pid, lost))
 
     def _progress(self, run: RunRecord) -> Iterator[str]:
