@@ -36,6 +36,8 @@ GROUPS: dict[str, Group] = {
     "streams": streams.streams,
     "starts": starts.starts,
     "takeover": takeover.takeover,
+    "frozen": takeover.frozen,
+    "restart": takeover.restart,
     "claims": claims.claims,
     "two_workers": two_workers.two_workers,
     "growth": growth.growth,

@@ -1,4 +1,4 @@
-"""kill -9 in the middle of a run: how long until the next node event is in the journal.
+"""kill -9 or SIGSTOP in the middle of a run: how long until the next node event is in the journal.
 
 The time of an event is the wall clock of the process that recorded it, so what is reported is when
 the run went on, not when somebody could read it.
@@ -7,6 +7,7 @@ the run went on, not when somebody could read it.
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from datetime import datetime
 from pathlib import Path
@@ -22,21 +23,41 @@ KILL_AFTER_BYTES = 60_000
 PAGE = 1_000
 FINISH_S = 60.0
 
+LEASE_S = 10.0
+AT_ONCE = Goal(1.0, 0.6)
+
+FROZEN = "SIGSTOP, another worker alive: to the next node event"
 ALIVE = "kill -9, another worker alive: to the next node event"
 RESTARTED = "kill -9, same service restarted: to the next node event"
 WITH_POSTGRES = "kill -9, same service and its Postgres restarted: to the next node event"
 
 
 async def takeover(rig: Rig) -> None:
-    """One kill of each kind a round; p50 and p99 are taken over all rounds."""
+    """One kill a round; p50 and p99 are taken over all rounds."""
     dsn = await _database(rig)
-    goal = Goal(1.0, 0.6)
-    rig.book.add(ALIVE, "s", *await _kill_beside_another(dsn), goal=goal)
-    rig.book.add(RESTARTED, "s", *await _kill_and_restart(dsn, None), goal=goal)
+    rig.book.add(ALIVE, "s", *await _stop_beside_another(dsn, signal.SIGKILL), goal=AT_ONCE)
+    _add_worst(rig, ALIVE)
+
+
+async def frozen(rig: Rig) -> None:
+    """One worker a round that stands still: its lease of 10 s has to end first."""
+    dsn = await _database(rig)
+    goal = Goal(LEASE_S + 1.0, LEASE_S)
+    rig.book.add(FROZEN, "s", *await _stop_beside_another(dsn, signal.SIGSTOP), goal=goal)
+
+
+async def restart(rig: Rig) -> None:
+    """One kill of each kind a round, after which the same service is started again."""
+    dsn = await _database(rig)
+    rig.book.add(RESTARTED, "s", *await _kill_and_restart(dsn, None), goal=AT_ONCE)
     own = rig.scratch / "takeover"
-    rig.book.add(WITH_POSTGRES, "s", *await _kill_and_restart(None, own), goal=goal)
+    rig.book.add(WITH_POSTGRES, "s", *await _kill_and_restart(None, own), goal=AT_ONCE)
+    _add_worst(rig, RESTARTED, WITH_POSTGRES)
+
+
+def _add_worst(rig: Rig, *names: str) -> None:
     for figure in rig.book.figures():
-        if figure.what in (ALIVE, RESTARTED, WITH_POSTGRES):
+        if figure.what in names:
             worst = f"{figure.what}, p99"
             rig.book.replace(worst, "s", percentile(figure.values, 0.99), goal=Goal(3.0, 3.0))
 
@@ -50,25 +71,26 @@ async def _database(rig: Rig) -> str:
 
 async def _kill_and_restart(dsn: str | None, data_dir: Path | None) -> list[float]:
     """Seconds from the start of the new process to the next node event."""
-    run_id, _ = await _killed_under_way(dsn, data_dir)
+    service = await process.start(database_url=dsn, data_dir=data_dir)
+    try:
+        run_id = await _run_until_under_way(service)
+    finally:
+        await service.kill()
     async with process.running(database_url=dsn, data_dir=data_dir) as again:
         return await _went_on(again, run_id, again.spawned_at)
 
 
-async def _kill_beside_another(dsn: str) -> list[float]:
-    """Seconds from the kill to the next node event, which another process records."""
+async def _stop_beside_another(dsn: str, how: signal.Signals) -> list[float]:
+    """Seconds from the signal to the next node event, which another process records."""
     async with process.running(database_url=dsn) as other:
-        run_id, killed_at = await _killed_under_way(dsn, None)
-        return await _went_on(other, run_id, killed_at)
-
-
-async def _killed_under_way(dsn: str | None, data_dir: Path | None) -> tuple[str, float]:
-    """The run that a service was killed over, and when that was."""
-    service = await process.start(database_url=dsn, data_dir=data_dir)
-    try:
-        return await _run_until_under_way(service), time.time()
-    finally:
-        await service.kill()
+        service = await process.start(database_url=dsn)
+        try:
+            run_id = await _run_until_under_way(service)
+            stopped_at = time.time()
+            service.process.send_signal(how)
+            return await _went_on(other, run_id, stopped_at)
+        finally:
+            await service.kill()
 
 
 async def _run_until_under_way(service: Running) -> str:
