@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 
 from tests.chaos import archive
@@ -274,6 +275,8 @@ async def run_lane(rig: Rig, steps: tuple[Step, ...]) -> None:
         try:
             async with asyncio.timeout(OVER_WITHIN_S):
                 await INFLICT[step.fault](rig, step)
-        except TimeoutError:
-            rig.report("I26 progress", f"after {OVER_WITHIN_S} s it was not over: {step.fault}")
+        except TimeoutError as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{step.fault}: waited in vain, in {where.name} at line {where.lineno}"
+            rig.report("I26 progress", what)
         rig.inflicted[step.fault] += 1
