@@ -6,18 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    ARRAY,
-    RowMapping,
-    Select,
-    Uuid,
-    and_,
-    any_,
-    bindparam,
-    exists,
-    func,
-    select,
-)
+from sqlalchemy import RowMapping, Select, and_, exists, func, select
 
 from app.domain.events import TERMINAL_EVENTS
 from app.kit.ids import run_day
@@ -127,10 +116,8 @@ class EventReader:
 
     async def head_seqs(self, run_ids: list[UUID]) -> dict[UUID, int]:
         """The last durable seq of each run that exists."""
-        # One statement for any number, prepared once.
-        these = bindparam("run_ids", run_ids, type_=ARRAY(Uuid))
         statement = select(run_heads.c.run_id, run_heads.c.seq).where(
-            run_heads.c.run_id == any_(these)
+            run_heads.c.run_id.in_(run_ids)
         )
         async with self._database.read() as connection:
             return {row.run_id: row.seq for row in await connection.execute(statement)}
