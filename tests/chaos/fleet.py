@@ -21,6 +21,7 @@ from tests.chaos.wire import Broken, ask
 from tests.servers import DIE_WITH_PARENT, free_port
 
 START_S = 60.0
+READY_S = 25.0
 END_S = 30.0
 LOOK_S = 0.05
 STALE = re.compile(r"^flexrun_journal_stale_writes_total(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
@@ -147,9 +148,18 @@ class Fleet:
             )
 
     async def _wait_up(self, slot: Slot) -> None:
-        while not await self._is_up(slot):
-            await asyncio.sleep(LOOK_S)
-        slot.ready.set()
+        assert slot.process is not None
+        try:
+            async with asyncio.timeout(READY_S):
+                while not await self._is_up(slot):
+                    await asyncio.sleep(LOOK_S)
+        except TimeoutError:
+            # As a liveness probe would. The report counts it.
+            self.kills["never ready"] += 1
+            self.strike(slot)
+            _send(slot.process, signal.SIGKILL)
+        else:
+            slot.ready.set()
 
     async def _is_up(self, slot: Slot) -> bool:
         if b"ready at" not in slot.log.read_bytes():

@@ -188,6 +188,7 @@ async def _judge(rig: Rig, size: Size, result: Result) -> None:
         "client reconnects": counts["reconnects"],
         "answers 503": rig.clients.log.unavailable,
         "given up after 3 losses in a row": counts["given up after 3 losses in a row"],
+        "processes that never got ready": rig.fleet.kills["never ready"],
     }
     others = [fault for fault in Fault if fault not in (Fault.KILL_WORKER, Fault.KILL_API)]
     told |= {str(fault): rig.inflicted[fault] for fault in others}
