@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import FrameType
@@ -91,11 +92,22 @@ class Protocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """A server that begins to drain on SIGTERM, before it waits for open streams to end."""
+    """A server that says how far its start is, and begins to drain on SIGTERM, before it waits for
+    open streams to end.
+
+    `on_signals_taken` is called once it heeds the signals, `on_listening` once it takes requests.
+    """
 
     def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_exit = on_exit
+        self.on_signals_taken: Callable[[], None] = lambda: None
+        self.on_listening: Callable[[], None] = lambda: None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.on_signals_taken()
+        await super().startup(sockets)
+        self.on_listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._on_exit()

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -23,7 +24,7 @@ from app.cli.errors import ExitCode
 from app.main import Server, create_app, make_server
 from app.settings import Role, Settings
 
-LISTEN_LOOK_S = 0.01
+log = logging.getLogger("flexrun.service")
 
 
 class _StartWatch:
@@ -65,28 +66,22 @@ def run_service(
     watch = _StartWatch(app)
     server = make_server(app, settings, role)
 
-    async def announce() -> None:
-        # This runs once uvicorn waits for something, and by then it has taken the signals.
-        signals_taken()
-        while not server.started:  # noqa: ASYNC110 - uvicorn tells nobody
-            await asyncio.sleep(LISTEN_LOOK_S)
+    def announce() -> None:
         watch.end()
-        gc.freeze()
         gc.enable()
         if not server.should_exit:
             signal.signal(signal.SIGINT, partial(_interrupted, server))
-            print(_ready_line(settings, role, listeners[0]), flush=True)
+            _say(_ready_line(settings, role, listeners[0]))
+
+    server.on_signals_taken, server.on_listening = signals_taken, announce
 
     async def serve_until_signal() -> None:
-        announcing = asyncio.create_task(announce())
         try:
             await server.serve(sockets=listeners)
         except SystemExit:
             # So uvicorn says that the app did not start.
             if watch.error is None:
                 raise
-        finally:
-            announcing.cancel()
 
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(serve_until_signal())
@@ -99,6 +94,16 @@ def _interrupted(server: Server, sig: int, frame: FrameType | None) -> None:
     if server.should_exit:
         os._exit(ExitCode.INTERRUPTED)
     server.handle_exit(sig, frame)
+
+
+def _say(line: str) -> None:
+    """One line on stdout. Whoever reads it may be gone and a disk full: the service goes on."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        log.warning("could not print %r (%s)", line, type(error).__name__)
+        # What is still in the buffer would fail again, and turn the exit code into 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _ready_line(settings: Settings, role: Role, listener: socket.socket) -> str:

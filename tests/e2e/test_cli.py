@@ -30,7 +30,7 @@ from app.store.database import Database
 from app.store.migrate import head_revision
 from app.store.partitions import make_partitions
 from tests.conftest import with_database
-from tests.e2e.cli import Cli, CuttingProxy, Serving, Tool, environment
+from tests.e2e.cli import COMMAND, Cli, CuttingProxy, Serving, Tool, environment
 from tests.envelopes import chain, diamond, graph
 from tests.servers import eventually, free_port
 
@@ -373,6 +373,20 @@ def test_a_second_interrupt_does_not_wait_for_running_calls(
     serving.process.send_signal(signal.SIGINT)
     assert serving.process.wait(10) == 130
     serving.stop()
+
+
+def test_a_service_whose_output_can_not_be_written_serves(cli: Cli, tmp_path: Path) -> None:
+    port = str(free_port())
+    log = tmp_path / "serve.log"
+    with Path("/dev/full").open("wb") as full, log.open("wb") as complaints:
+        serving = subprocess.Popen(
+            [*COMMAND, "serve", "--port", port], stdout=full, stderr=complaints, env=cli.env
+        )
+    eventually(lambda: b"could not print" in log.read_bytes(), "the service is ready", 30)
+    assert f"ready at http://127.0.0.1:{port}" in log.read_text()
+    assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+    serving.terminate()
+    assert serving.wait(30) == 0
 
 
 # --- this machine ---------------------------------------------------------------------------------
