@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -71,6 +72,7 @@ class Services:
     commands: Commands
     orders: Orders
     announce_work: Callable[[], None]
+    worker_wake: asyncio.Event
     secrets: SecretStore
     drain: Drain
     metrics: Metrics
@@ -90,30 +92,22 @@ async def open_services(
     if settings.failpoint:
         failpoints.arm(settings.failpoint)
     async with AsyncExitStack() as stack:
-        database = await Database.open(dsn)
-        stack.push_async_callback(database.close)
-        await _check_database(database, settings)
-        await make_partitions(database, datetime.now(UTC).date())
-
-        async def connect_here() -> HotConnection:
-            return await connect(dsn)
-
+        database = await _open_database(settings, dsn, stack)
+        connect_here = partial(connect, dsn)
         metrics = Metrics()
         await stack.enter_async_context(watched_loop(metrics.loop_lag))
         reader = EventReader(database)
         feed = Feed(reader, metrics)
         feed.start()
         stack.push_async_callback(feed.close)
+        worker_wake = asyncio.Event()
         lease = Lease(connect_here, role, sole_user=sole_user)
+        lease.on_lost = worker_wake.set
 
-        def woken(topic: Topic) -> None:
-            if topic is Topic.COMMITS:
-                feed.nudge()
-            else:
-                runner.on_free()
-
-        wake_ups = _wake_ups(settings, connect_here, woken, lease)
+        wake = {Topic.COMMITS: feed.nudge, Topic.WORK: worker_wake.set}
+        wake_ups = _wake_ups(settings, connect_here, lambda topic: wake[topic](), lease)
         stack.push_async_callback(wake_ups.aclose)
+        announce_work = partial(wake_ups.announce, Topic.WORK)
         breakers = _breakers(settings, lease)
         stack.push_async_callback(breakers.aclose)
         journal = Journal(
@@ -128,19 +122,16 @@ async def open_services(
 
         secrets = _secrets(settings.secrets_file)
         registry, adapters = await _open_registry(settings, database, secrets, stack)
-        execution_limits = ExecutionLimits(
-            settings.value_bytes_max, settings.backoff_base_ms, settings.backoff_max_ms
-        )
-        announce_work = partial(wake_ups.announce, Topic.WORK)
         drive = Drive(
             journal=journal,
-            executor=Executor(adapters, registry.image, execution_limits, breakers),
+            executor=Executor(adapters, registry.image, _execution_limits(settings), breakers),
             image=registry.image,
             lease=lease,
             limits=LoopLimits(settings.events_max, settings.latency_record),
             plan_limits=PlanLimits(settings.nodes_max, settings.edges_max, settings.depth_max),
             metrics=metrics,
             announce_work=announce_work,
+            nudge_worker=worker_wake.set,
         )
         runner = Runner(drive, runs_max=0 if role == "api" else settings.runs_max)
         wake_ups.start()
@@ -154,8 +145,8 @@ async def open_services(
             settings.submit_timeout_s,
         )
 
-        def look() -> None:
-            runner.on_free()
+        def nudge_workers() -> None:
+            worker_wake.set()
             announce_work()
 
         drain = Drain()
@@ -171,13 +162,29 @@ async def open_services(
             breakers=breakers,
             runner=runner,
             commands=commands,
-            orders=Orders(commands, look),
+            orders=Orders(commands, nudge_workers),
             announce_work=announce_work,
+            worker_wake=worker_wake,
             secrets=secrets,
             drain=drain,
             metrics=metrics,
             queue_watch=QueueWatch(database),
         )
+
+
+async def _open_database(settings: Settings, dsn: str, stack: AsyncExitStack) -> Database:
+    """The database, with the partitions of the days to come."""
+    database = await Database.open(dsn)
+    stack.push_async_callback(database.close)
+    await _check_database(database, settings)
+    await make_partitions(database, datetime.now(UTC).date())
+    return database
+
+
+def _execution_limits(settings: Settings) -> ExecutionLimits:
+    return ExecutionLimits(
+        settings.value_bytes_max, settings.backoff_base_ms, settings.backoff_max_ms
+    )
 
 
 async def _open_registry(

@@ -44,7 +44,7 @@ HOUSEKEEPING_EVERY_S = 3600.0
 
 
 class Worker:
-    """Start it, nudge it, drain it."""
+    """Start it and drain it. Whoever sets `Services.worker_wake` makes it look at once."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -52,18 +52,13 @@ class Worker:
         self._runner = services.runner
         self._take_up = TakeUp(services.reader, services.runner, services.lease, self._loaded)
         self._fairness = Fairness()
-        self._wake = asyncio.Event()
+        self._wake = services.worker_wake
         self._tasks: list[asyncio.Task[None]] = []
         self._dead: list[str] = []
         self._unheld: set[UUID] = set()
         self._strays: list[UUID] = []
         self._look_at = 0.0
         self._suspect: tuple[UUID, float] | None = None
-        self._runner.on_free = self._runner.drive.nudge = self._lease.on_lost = self.nudge
-
-    def nudge(self) -> None:
-        """There may be something to take: look now."""
-        self._wake.set()
 
     async def start(self) -> None:
         """Take part and take up what the dead left behind, before anything else."""
@@ -142,7 +137,7 @@ class Worker:
 
     def _loaded(self) -> None:
         if self._take_up.count == LOADING_MAX - 1:
-            self.nudge()  # claims have waited for it
+            self._wake.set()  # claims have waited for it
 
     # --- claims -----------------------------------------------------------------------------------
 
@@ -183,7 +178,7 @@ class Worker:
         elif await something_waits(self._lease.session, wanted.not_these):
             # Others hold the rows for the moment: come back out of step with them.
             loop = asyncio.get_running_loop()
-            loop.call_later(CONTENDED_S * (1 + random.random()), self.nudge)
+            loop.call_later(CONTENDED_S * (1 + random.random()), self._wake.set)
         elif wanted.dead:
             await forget_workers(self._lease.session, wanted.dead)
 

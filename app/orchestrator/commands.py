@@ -26,15 +26,8 @@ from app.domain.errors import (
 from app.domain.events import Event, EventType
 from app.domain.run import RunStatus
 from app.domain.state import RunState, apply
-from app.journal.record import (
-    Append,
-    HeadDiverged,
-    Journal,
-    JournalClosed,
-    KeyTaken,
-    LeaseLost,
-    RunHandle,
-)
+from app.journal.errors import HeadDiverged, JournalClosed, KeyTaken, LeaseLost
+from app.journal.record import Append, Journal, RunHandle
 from app.kit import failpoints
 from app.kit.clock import rfc3339, to_datetime
 from app.kit.ids import created_ms, new_id, new_traceparent

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 
-from app.journal.record import LeaseLost
+from app.journal.errors import LeaseLost
 from app.kit import clock
 from app.kit.ids import new_id
 from app.kit.waiting import wait_at_most

@@ -26,15 +26,8 @@ from app.domain.run import RunStatus
 from app.domain.signals import Signal
 from app.domain.snapshot import state_as_dict
 from app.domain.state import CapabilityKey, apply
-from app.journal.record import (
-    Append,
-    HeadDiverged,
-    Journal,
-    JournalClosed,
-    JournalRejected,
-    KeyTaken,
-    LeaseLost,
-)
+from app.journal.errors import HeadDiverged, JournalClosed, JournalRejected, KeyTaken, LeaseLost
+from app.journal.record import Append, Journal
 from app.kit import failpoints
 from app.kit.clock import now_ms
 from app.kit.metrics import Metrics
@@ -74,7 +67,7 @@ class Drive:
 
     `lease` says who we are in the heads, and whether we may still write. `is_leaving`: start
     nothing new and give every run back as soon as no call of it is under way; `announce_work`
-    tells others, `nudge` makes our own worker look for claims.
+    tells others, `nudge_worker` makes our own worker look.
     """
 
     journal: Journal
@@ -85,7 +78,7 @@ class Drive:
     plan_limits: PlanLimits
     metrics: Metrics = field(default_factory=Metrics)
     announce_work: Callable[[], None] = lambda: None
-    nudge: Callable[[], None] = lambda: None
+    nudge_worker: Callable[[], None] = lambda: None
     is_leaving: bool = False
 
 
@@ -161,7 +154,7 @@ def _next_step(run: DrivenRun, drive: Drive) -> _Step:
         step.append.is_progress = True
         if run.takes:
             run.takes = 0
-            drive.nudge()  # another run that lost workers may be driven now
+            drive.nudge_worker()  # another run that lost workers may be driven now
         if isinstance(item, Signal):
             failpoints.hit("signal.before_apply")
             step.note(run, consume_signal(run, item, step.append))

@@ -51,10 +51,13 @@ class Ordered:
 
 @dataclass(slots=True)
 class Orders:
-    """The orders of operators, with what they need. Shared by all requests."""
+    """The orders of operators, with what they need. Shared by all requests.
+
+    `nudge_workers`: whichever process drives the run, its worker looks now.
+    """
 
     commands: Commands
-    look: Callable[[], None]
+    nudge_workers: Callable[[], None]
 
     async def stop(
         self,
@@ -161,7 +164,7 @@ class Orders:
         allowed = _ALLOWED[signal.kind]
         stored_id = await accept_signal(self.commands.database, tenant_id, signal, allowed, key)
         failpoints.hit("signal.after_commit")
-        self.look()
+        self.nudge_workers()
         return Ordered(signal.run_id, stored_id, is_replay=stored_id != signal.signal_id)
 
     async def _succeed(

@@ -71,7 +71,6 @@ class Runner:
         self._backlog = _Backlog()
         self.accepting = True
         self.handed_off: set[UUID] = set()  # queued runs that this process will drive itself
-        self.on_free: Callable[[], None] = lambda: None
 
     @property
     def room(self) -> int:
@@ -143,7 +142,7 @@ class Runner:
             if waiting_id in self.handed_off and waiting_id not in self._driven:
                 self.start(make())  # else it was claimed or started in the meantime
         if was_full and self.room > 0:
-            self.on_free()
+            self.drive.nudge_worker()
 
     async def drain(self, grace_s: float) -> None:
         """Give every run back: at once when no call of it is under way, else when that has ended.

@@ -22,14 +22,8 @@ from app.domain.plan_json import plan_from_dict
 from app.domain.run import RunStatus
 from app.domain.signals import Signal
 from app.domain.state import RunState
-from app.journal.record import (
-    Append,
-    HeadDiverged,
-    JournalClosed,
-    JournalRejected,
-    LeaseLost,
-    RunHandle,
-)
+from app.journal.errors import HeadDiverged, JournalClosed, JournalRejected, LeaseLost
+from app.journal.record import Append, RunHandle
 from app.kit import failpoints
 from app.kit.clock import now_ms
 from app.kit.ids import created_ms

@@ -82,7 +82,7 @@ MUTANTS = (
         "lost_append",
         (
             Patch(
-                "journal/record.py",
+                "journal/writer.py",
                 "        landed = await append_batch(",
                 "        for pending in batch:\n"
                 "            self._feed.publish(pending.move.run_id, pending.frames)\n"

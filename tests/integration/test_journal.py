@@ -10,7 +10,8 @@ import asyncpg
 import pytest
 
 from app.domain.run import RunStatus
-from app.journal.record import JournalRejected, KeyTaken, LeaseLost, RunHandle
+from app.journal.errors import JournalRejected, KeyTaken, LeaseLost
+from app.journal.record import RunHandle
 from app.kit.clock import now_ms
 from app.kit.ids import id_at, new_id, run_day
 from app.store.append import HeadMove, append_batch
