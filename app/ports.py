@@ -6,12 +6,13 @@ outcome. Adapters import this file and `domain`, never the journal, the gateway 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
 from app.domain.capability import Capability
+from app.domain.chat import ChatAnswer, ChatRequest, Embeddings
 from app.domain.errors import Fault
 
 
@@ -92,6 +93,35 @@ class CapabilityAdapter(Protocol):
 
     def invoke(self, call: Call) -> Awaitable[dict[str, Any]]:
         """The node's output; raises `CallFailed`. Cancelling it must stop the work."""
+        ...
+
+
+# --- models: adapters/providers/ ------------------------------------------------------------------
+
+
+class Provider(Protocol):
+    """One endpoint of a vendor of models. It tries once: retries and breakers are not its job.
+
+    Every call raises `TimeoutError` when its time is over, `LlmUnavailableError` for all else, and
+    stops the exchange when it is cancelled. Keys, prompts and answers are in no error and no log.
+    """
+
+    async def chat(
+        self, request: ChatRequest, on_text: Callable[[str], None] | None = None
+    ) -> ChatAnswer:
+        """The whole answer. With `on_text` it is streamed, and each piece of text told at once."""
+        ...
+
+    async def embed(self, model: str, texts: Sequence[str], timeout_s: float) -> Embeddings:
+        """A vector for each text."""
+        ...
+
+    async def models(self, timeout_s: float) -> list[str]:
+        """The vendor's names of the models that it offers now, sorted."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of connections."""
         ...
 
 
