@@ -203,4 +203,4 @@ def exact(state: RunState) -> dict[str, Any]:
 
 def told(decision: Decision) -> list[tuple[str, str | None]]:
     """A decision in short: type and node of its events."""
-    return [(event.type.value, event.node_id) for event in decision.events]
+    return [(str(event.type), event.node_id) for event in decision.events]

@@ -231,6 +231,71 @@ class RunCancelledData(EventData):
     unknown_outcomes: list[str] = Field(description="nodes whose effect may have happened")
 
 
+class RejectedModel(EventData):
+    """A model that was looked at before the chosen one, and why it was passed over."""
+
+    model: str
+    why: str
+
+
+class ModelSelectedData(EventData):
+    """A model was chosen for a call, or none fits."""
+
+    chosen: str | None
+    reason: str
+    role: str
+    rejected: list[RejectedModel]
+
+
+class LlmRequestData(EventData):
+    """A model is called."""
+
+    provider: str
+    model: str
+    prompt_tokens: int = Field(description="projected, before the call")
+    call: int = Field(description="1, 2, 3 … of this attempt of the node")
+
+
+class LlmResponseData(EventData):
+    """A call of a model ended, well or not."""
+
+    provider: str
+    model: str
+    call: int
+    outcome: str = Field(
+        description="`ok`, `timeout`, `invalid_json`, `schema_validation_failed`, `refused`, "
+        "`cut_off`, or the code of a provider that gave no answer"
+    )
+    duration_ms: float
+    tokens_in: int
+    tokens_out: int
+    cost_usd: str = Field(description="decimal; 0 for a model without prices")
+    is_estimated: bool = Field(description="the provider did not count: tokens are projected")
+    delay_ms: int | None = Field(None, description="until the same model is called again")
+
+
+class CacheHitData(EventData):
+    """The answer of a model was known already; no call is made."""
+
+    cache_key: str
+    model: str
+
+
+class CacheMissData(EventData):
+    """No answer is known for this call."""
+
+    cache_key: str
+    model: str
+
+
+class BudgetExhaustedData(EventData):
+    """A call was not made because it could have gone over the budget of the run."""
+
+    resource: Literal["usd", "tokens", "calls"]
+    limit: str
+    spent: str = Field(description="spent, and held for calls that are under way")
+
+
 class LogData(BaseModel):
     """A capability says something about its work."""
 
@@ -259,6 +324,12 @@ EVENT_DATA: dict[EventType, type[BaseModel]] = {
     EventType.RUN_DONE: RunDoneData,
     EventType.RUN_FAILED: RunFailedData,
     EventType.RUN_CANCELLED: RunCancelledData,
+    EventType.MODEL_SELECTED: ModelSelectedData,
+    EventType.LLM_REQUEST: LlmRequestData,
+    EventType.LLM_RESPONSE: LlmResponseData,
+    EventType.CACHE_HIT: CacheHitData,
+    EventType.CACHE_MISS: CacheMissData,
+    EventType.BUDGET_EXHAUSTED: BudgetExhaustedData,
     EventType.LOG: LogData,
 }
 

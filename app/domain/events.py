@@ -40,7 +40,21 @@ class EventType(StrEnum):
     RUN_DONE = "RUN_DONE"
     RUN_FAILED = "RUN_FAILED"
     RUN_CANCELLED = "RUN_CANCELLED"
+    MODEL_SELECTED = "MODEL_SELECTED"
+    LLM_REQUEST = "LLM_REQUEST"
+    LLM_RESPONSE = "LLM_RESPONSE"
+    CACHE_HIT = "CACHE_HIT"
+    CACHE_MISS = "CACHE_MISS"
+    BUDGET_EXHAUSTED = "BUDGET_EXHAUSTED"
     LOG = "LOG"
+
+
+def type_named(name: str) -> EventType | str:
+    """The type of a stored event; the bare name when a newer release wrote it."""
+    try:
+        return EventType(name)
+    except ValueError:
+        return name
 
 
 TERMINAL_EVENTS = frozenset({EventType.RUN_DONE, EventType.RUN_FAILED, EventType.RUN_CANCELLED})
@@ -62,9 +76,12 @@ class SkipReason(StrEnum):
 
 @dataclass(slots=True)
 class Event:
-    """One fact about a run. `seq` and `ts` (ms since 1970, UTC) are set when it is appended."""
+    """One fact about a run. `seq` and `ts` (ms since 1970, UTC) are set when it is appended.
 
-    type: EventType
+    `type` is a bare string only when a newer release wrote the event: folding passes over it.
+    """
+
+    type: EventType | str
     data: dict[str, Any]
     node_id: str | None = None
     attempt: int | None = None

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from decimal import Decimal
 from typing import Any
 
+from app.domain.budget import Spent
 from app.domain.plan import Plan
 from app.domain.run import NodeStatus, RunStatus
 from app.domain.state import SNAPSHOT_FORMAT, NodeState, RunState
@@ -35,6 +37,7 @@ def state_as_dict(state: RunState) -> dict[str, Any]:
         },
         "ready_limited": [[*key, list(queue)] for key, queue in state.ready_limited.items()],
         "waiting": list(state.waiting.items()),
+        "spent": [str(state.spent.usd), state.spent.tokens, state.spent.calls],
     }
     found.update({name: getattr(state, name) for name in _PLAIN})
     found.update({name: list(getattr(state, name)) for name in _ORDERED})
@@ -55,6 +58,9 @@ def state_from_dict(
         plan=None if version is None else plans[version],
         waiting=dict(found["waiting"]),
     )
+    if "spent" in found:  # a release that called no models wrote none
+        usd, tokens, calls = found["spent"]
+        state.spent = Spent(Decimal(usd), tokens, calls)
     for name in _PLAIN:
         setattr(state, name, found[name])
     for name in _ORDERED:

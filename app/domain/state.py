@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
+from app.domain.budget import Spent
 from app.domain.events import BlockReason, Event, EventType
 from app.domain.plan import Plan
 from app.domain.run import NodeStatus, RunStatus
@@ -74,6 +76,7 @@ class RunState:
     paused_at: int | None = None
     paused_seq: int | None = None
     paused_ms: int = 0
+    spent: Spent = field(default_factory=Spent)
 
     def unknown_outcomes(self) -> list[str]:
         """Nodes whose effect may or may not have happened, in the order they were blocked."""
@@ -256,6 +259,12 @@ def _run_resumed(state: RunState, event: Event) -> None:
         state.paused_at = None
 
 
+def _llm_response(state: RunState, event: Event) -> None:
+    data = event.data
+    tokens = data["tokens_in"] + data["tokens_out"]
+    state.spent.add(Spent(Decimal(data["cost_usd"]), tokens, 1))
+
+
 def _run_done(state: RunState, event: Event) -> None:
     _finish(state, event, RunStatus.DONE)
 
@@ -278,7 +287,7 @@ def _node_id(event: Event) -> str:
     return event.node_id
 
 
-_HANDLERS: dict[EventType, Callable[[RunState, Event], None]] = {
+_HANDLERS: dict[str, Callable[[RunState, Event], None]] = {
     EventType.RUN_QUEUED: _run_queued,
     EventType.RUN_START: _run_start,
     EventType.PLAN_GENERATED: _plan_generated,
@@ -290,6 +299,7 @@ _HANDLERS: dict[EventType, Callable[[RunState, Event], None]] = {
     EventType.NODE_SKIPPED: _node_skipped,
     EventType.RUN_PAUSED: _run_paused,
     EventType.RUN_RESUMED: _run_resumed,
+    EventType.LLM_RESPONSE: _llm_response,
     EventType.RUN_DONE: _run_done,
     EventType.RUN_FAILED: _run_failed,
     EventType.RUN_CANCELLED: _run_cancelled,

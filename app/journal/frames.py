@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from app.domain.events import TERMINAL_EVENTS, Event, EventType, Level
+from app.domain.events import TERMINAL_EVENTS, Event, Level, type_named
 from app.kit.clock import from_rfc3339, rfc3339
 
 
@@ -71,7 +71,7 @@ def decode_event(body: str | bytes) -> Event:
     """The event of a stored body."""
     found = orjson.loads(body)
     return Event(
-        EventType(found["type"]),
+        type_named(found["type"]),
         found["data"],
         node_id=found.get("node_id"),
         attempt=found.get("attempt"),

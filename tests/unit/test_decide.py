@@ -485,7 +485,7 @@ def _attempt(number: int, before: int = 0) -> NodeState:
     return NodeState(attempt=number, attempts_before_round=before)
 
 
-def _types(events: list[Event]) -> list[EventType]:
+def _types(events: list[Event]) -> list[str]:
     return [event.type for event in events]
 
 

@@ -372,7 +372,7 @@ def test_what_a_signal_says_has_the_declared_shape(kind: SignalKind) -> None:
     story = _waiting() if kind is SignalKind.RESUME else _one_of_each()
     body = {"operator": ADA, "note": "so", "paused_seq": story.state.paused_seq}
     [event] = apply_signal(story.state, Signal(SIGNAL_ID, RUN_ID, kind, body)).events
-    EVENT_DATA[event.type].model_validate(event.data)
+    EVENT_DATA[EventType(event.type)].model_validate(event.data)
 
 
 def test_uncertain_are_unknown_outcomes_and_calls_that_must_not_be_repeated() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import orjson
 import pytest
 
+from app.domain.budget import Spent
 from app.domain.decide import RunLimits, decide
 from app.domain.events import Event, EventType
 from app.domain.run import RunStatus
@@ -62,9 +64,15 @@ def _full_story() -> Story:
     story.add(Event(EventType.RUN_RESUMED, {}))
     story.start("R")
     story.fail("A", duration_ms=0.125)
+    _call_model(story, "R", "0.25")
     story.pause(RunStatus.PAUSED)
     story.state.finished_at = story.now
     return story
+
+
+def _call_model(story: Story, node_id: str, cost_usd: str) -> None:
+    data = {"tokens_in": 10, "tokens_out": 3, "cost_usd": cost_usd}
+    story.add(Event(EventType.LLM_RESPONSE, data, node_id=node_id))
 
 
 def test_the_way_through_json_is_exact_to_the_order_of_every_queue() -> None:
@@ -141,6 +149,20 @@ def test_a_snapshot_of_the_format_before_pauses_had_a_seq_is_folded_anew() -> No
     old = {**_stored(story.state), "format": 1}
     del old["paused_seq"]
     assert state_from_dict(RUN_ID, story.state.plans, old) is None
+
+
+def test_what_a_run_spent_on_models_is_kept() -> None:
+    story = story_of(diamond())
+    before = _stored(story.state)
+    for cost in ("0.0001", "0.25"):
+        _call_model(story, "A", cost)
+    found = state_from_dict(RUN_ID, story.state.plans, _stored(story.state))
+    assert found is not None
+    assert found.spent == Spent(Decimal("0.2501"), 26, 2)
+    del before["spent"]  # as a release wrote it that called no models
+    older = state_from_dict(RUN_ID, story.state.plans, before)
+    assert older is not None
+    assert older.spent == Spent()
 
 
 def test_a_snapshot_of_another_format_is_not_used() -> None:
