@@ -160,7 +160,7 @@ class FaultProxy:
         for writer in writers:
             sock: socket.socket | None = writer.get_extra_info("socket")
             if sock is not None:
-                with suppress(OSError):
+                with suppress(OSError, ValueError):  # it may be closed already
                     linger = struct.pack("ii", 1, 0)
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()

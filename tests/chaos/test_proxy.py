@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import pytest
+import uvloop
 
 from tests.chaos.proxy import CLEAR, FaultProxy, Weather, running_proxy
 from tests.chaos.wire import Broken, ask
@@ -149,3 +150,21 @@ async def test_a_target_that_is_not_there_ends_the_connection(source: Source) ->
     finally:
         await proxy.close()
     assert proxy.broken == 1
+
+
+def test_a_line_that_was_reset_already_can_be_reset_again() -> None:
+    """The suite runs on uvloop, whose closed sockets have no number any more."""
+
+    async def reset_twice() -> None:
+        server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            FaultProxy._reset([writer])
+            await writer.wait_closed()
+            FaultProxy._reset([writer])
+        finally:
+            server.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(reset_twice())
