@@ -10,7 +10,7 @@ COPY requirements.txt ./
 RUN python -m venv --without-pip /opt/flexrun \
     && pip --python /opt/flexrun/bin/python install --no-cache-dir --disable-pip-version-check \
         --only-binary=:all: --require-hashes --requirement requirements.txt
-COPY pyproject.toml README.md LICENSE alembic.ini ./
+COPY pyproject.toml README.md LICENSE alembic.ini models.yaml ./
 COPY migrations ./migrations
 COPY app ./app
 # Editable: the package stays in /app, beside the migrations that it looks for there. setuptools is

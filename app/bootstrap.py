@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -18,36 +19,47 @@ from app.adapters.capabilities.builtin import BuiltinAdapter
 from app.adapters.capabilities.egress import EgressPolicy
 from app.adapters.capabilities.egress_transport import EgressTransport
 from app.adapters.capabilities.http import HttpAdapter
+from app.adapters.capabilities.llm import LlmAdapter
+from app.adapters.capabilities.mcp import McpAdapter
+from app.adapters.capabilities.mcp_import import registrations
+from app.adapters.capabilities.mcp_process import commands_of
 from app.adapters.capabilities.pack import standard_packs
 from app.adapters.capabilities.secrets import SecretStore
-from app.domain.capability import CapabilityKind
+from app.adapters.tracing import open_exporters
+from app.domain.capability import CapabilityKind, Effect, Registration
 from app.domain.errors import FlexrunError
 from app.journal.feed import Feed
+from app.journal.readings import open_readings
 from app.journal.record import Journal
+from app.journal.tracer import TraceLimits
 from app.kit import failpoints
 from app.kit.drain import Drain
 from app.kit.metrics import Metrics, watched_loop
+from app.llm.cache import AnswerCache
+from app.llm.calls import ModelCalls, RetryPolicy
+from app.llm.catalog import Catalog, load_catalog
+from app.llm.gateway import Gateway
+from app.llm.models_file import ModelsInvalid
 from app.orchestrator.commands import Commands
 from app.orchestrator.execute import ExecutionLimits, Executor
 from app.orchestrator.lease import Lease
 from app.orchestrator.loop import Drive, LoopLimits
 from app.orchestrator.orders import Orders
+from app.orchestrator.planning import ModelPlanner
 from app.orchestrator.runner import Runner
 from app.planner.plan_envelope import PlanLimits
-from app.ports import Breakers, CapabilityAdapter, Topic, WakeUps
+from app.ports import Breakers, CapabilityAdapter, HotAnswers, Provider, Topic, WakeUps
 from app.registry.registry import Registry
-from app.settings import Role, Settings
-from app.store.database import Database, HotConnection, connect, server_facts
+from app.settings import Role, Settings, variable
+from app.store.database import Database, HotConnection, connect
 from app.store.events import EventReader
-from app.store.migrate import current_revision, head_revision, is_behind
+from app.store.fitness import unfit
 from app.store.notify import NotifyWakeUps
 from app.store.partitions import make_partitions, make_partitions_hot
 from app.store.queue_stats import QueueWatch
 from app.store.registry import RegistryStore
 
 log = logging.getLogger("flexrun.bootstrap")
-
-DURABILITY = ("fsync", "full_page_writes", "synchronous_commit")
 
 
 class NotReady(FlexrunError):
@@ -66,6 +78,8 @@ class Services:
     feed: Feed
     journal: Journal
     registry: Registry
+    catalog: Catalog
+    providers: Mapping[str, Provider]
     lease: Lease
     breakers: Breakers
     runner: Runner
@@ -87,11 +101,16 @@ async def open_services(
 
     A process of the role `api` drives no runs. `sole_user`: we started the database server, and
     nobody else uses it. Whoever held runs before is dead, and no lease of theirs is waited for.
-    Raises `NotReady` when the database is behind or not durable, `Unavailable` when it is away.
+    Raises `NotReady` when the database is behind or not durable, `Unavailable` when it is away,
+    `ModelsInvalid` when the file of models has faults.
     """
     if settings.failpoint:
         failpoints.arm(settings.failpoint)
     async with AsyncExitStack() as stack:
+        catalog = open_catalog(settings)
+        providers = open_providers(catalog)
+        for provider in providers.values():
+            stack.push_async_callback(provider.aclose)
         database = await _open_database(settings, dsn, stack)
         connect_here = partial(connect, dsn)
         metrics = Metrics()
@@ -110,9 +129,24 @@ async def open_services(
         announce_work = partial(wake_ups.announce, Topic.WORK)
         breakers = _breakers(settings, lease)
         stack.push_async_callback(breakers.aclose)
+        secrets = _secrets(settings.secrets_file)
+        registry, adapters = await _open_registry(settings, database, secrets, stack)
+        exporters = open_exporters(
+            settings.otel_service_name,
+            (settings.otel_exporter_otlp_endpoint, settings.otel_exporter_otlp_traces_endpoint),
+            (
+                settings.langfuse_base_url,
+                settings.langfuse_public_key,
+                settings.langfuse_secret_key,
+            ),
+        )
+        trace_limits = TraceLimits(settings.trace_sample, settings.trace_cpu_max)
+        facets_of = registry.facets_of if settings.log_events else None
         journal = Journal(
             connect_here,
-            feed,
+            await stack.enter_async_context(
+                open_readings(feed, reader, metrics, exporters, trace_limits, facets_of)
+            ),
             make_partitions_hot,
             after_commit=partial(wake_ups.announce, Topic.COMMITS),
             metrics=metrics,
@@ -120,15 +154,17 @@ async def open_services(
         await journal.start()
         stack.push_async_callback(journal.close)
 
-        secrets = _secrets(settings.secrets_file)
-        registry, adapters = await _open_registry(settings, database, secrets, stack)
+        gateway = _gateway(settings, catalog, providers, breakers, database, stack)
+        plan_limits = PlanLimits(settings.nodes_max, settings.edges_max, settings.depth_max)
+        execution_limits = _execution_limits(settings)
         drive = Drive(
             journal=journal,
-            executor=Executor(adapters, registry.image, _execution_limits(settings), breakers),
+            executor=Executor(adapters, registry.image, execution_limits, breakers, gateway),
             image=registry.image,
             lease=lease,
             limits=LoopLimits(settings.events_max, settings.latency_record),
-            plan_limits=PlanLimits(settings.nodes_max, settings.edges_max, settings.depth_max),
+            plan_limits=plan_limits,
+            planner=None if gateway is None else ModelPlanner(gateway, plan_limits),
             metrics=metrics,
             announce_work=announce_work,
             nudge_worker=worker_wake.set,
@@ -140,7 +176,7 @@ async def open_services(
             runner,
             reader,
             database,
-            drive.plan_limits,
+            plan_limits,
             announce_work,
             settings.submit_timeout_s,
         )
@@ -158,6 +194,8 @@ async def open_services(
             feed=feed,
             journal=journal,
             registry=registry,
+            catalog=catalog,
+            providers=providers,
             lease=lease,
             breakers=breakers,
             runner=runner,
@@ -176,7 +214,8 @@ async def _open_database(settings: Settings, dsn: str, stack: AsyncExitStack) ->
     """The database, with the partitions of the days to come."""
     database = await Database.open(dsn)
     stack.push_async_callback(database.close)
-    await _check_database(database, settings)
+    if (why := await unfit(database, allow_unsafe=settings.allow_unsafe_postgres)) is not None:
+        raise NotReady(why)
     await make_partitions(database, datetime.now(UTC).date())
     return database
 
@@ -195,9 +234,13 @@ async def _open_registry(
     packs = standard_packs(transport)
     http = HttpAdapter(transport, secrets, response_bytes_max=settings.value_bytes_max)
     stack.push_async_callback(http.aclose)
+    mcp = _mcp(settings, transport, secrets)
+    stack.push_async_callback(mcp.aclose)
     adapters: dict[CapabilityKind, CapabilityAdapter] = {
         CapabilityKind.BUILTIN: BuiltinAdapter(packs),
         CapabilityKind.HTTP: http,
+        CapabilityKind.MCP: mcp,
+        CapabilityKind.LLM: LlmAdapter(),
     }
     registry = Registry(RegistryStore(database), adapters, sweep_s=settings.sweep_s)
     await registry.start()
@@ -205,6 +248,90 @@ async def _open_registry(
     for pack in packs:
         await registry.seed(pack.facets(), pack.registrations())
     return registry, adapters
+
+
+def _mcp(settings: Settings, transport: EgressTransport, secrets: SecretStore) -> McpAdapter:
+    try:
+        servers = commands_of(settings.mcp_file) if settings.mcp_file else {}
+    except ValueError as error:
+        raise NotReady(f"FLEXRUN_MCP_FILE can not be used: {error}.") from None
+    return McpAdapter(transport, secrets, servers, value_bytes_max=settings.value_bytes_max)
+
+
+async def offered_by_mcp(
+    settings: Settings, config: dict[str, Any], *, effect: Effect, prefix: str, timeout_s: float
+) -> list[Registration]:
+    """A registration for each tool that an MCP server offers, by settings of this machine.
+
+    `config` reaches the server as a registration's would. Raises `CallFailed`, and `NotReady` for
+    files that can not be used.
+    """
+    transport = EgressTransport(EgressPolicy(settings.egress_allow))
+    mcp = _mcp(settings, transport, _secrets(settings.secrets_file))
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(transport.aclose)
+        stack.push_async_callback(mcp.aclose)
+        tools = await mcp.tools(config, timeout_s)
+    return registrations(tools, config, effect=effect, prefix=prefix)
+
+
+def open_catalog(settings: Settings) -> Catalog:
+    """The catalog of the operator's file, with the variables of this process. Raises
+    `ModelsInvalid`."""
+    return load_catalog(settings.models_file, variable)
+
+
+def open_providers(catalog: Catalog) -> dict[str, Provider]:
+    """Those that can be called, by name; they connect on their first call, and have to be closed.
+
+    Raises `ModelsInvalid` for an address or a key that HTTP can not carry.
+    """
+    able = [found for found in catalog.providers.values() if not found.unavailable]
+    if not able:
+        return {}
+    from app.adapters.providers import Endpoint, make_provider  # noqa: PLC0415 - only with models
+
+    try:
+        endpoints = [
+            Endpoint(p.name, p.kind, p.base_url, p.key, p.headers, p.project, p.api) for p in able
+        ]
+    except ValueError as error:  # it names the provider and the field, never a value
+        raise ModelsInvalid(f"The file of models can not be used: {error}.") from None
+    return {endpoint.name: make_provider(endpoint) for endpoint in endpoints}
+
+
+def _gateway(
+    settings: Settings,
+    catalog: Catalog,
+    providers: Mapping[str, Provider],
+    breakers: Breakers,
+    database: Database,
+    stack: AsyncExitStack,
+) -> Gateway | None:
+    """The way to models; None when no provider is configured."""
+    if not providers:
+        return None
+    retries = RetryPolicy(
+        settings.max_retries + 1, settings.backoff_base_ms, settings.backoff_max_ms
+    )
+    calls = ModelCalls(catalog, providers, breakers, retries)
+    cache = None
+    if settings.llm_cache_days:
+        cache = AnswerCache(database, _hot_answers(settings, stack))
+        stack.push_async_callback(cache.aclose)
+    return Gateway(catalog, calls, cache, timeout_s=settings.provider_timeout_s)
+
+
+def _hot_answers(settings: Settings, stack: AsyncExitStack) -> HotAnswers | None:
+    if settings.redis_url is None:
+        return None
+    from app.adapters.llm_cache.redis import RedisHotAnswers  # noqa: PLC0415 - only with a Redis
+
+    with _redis_address():
+        url = settings.redis_url.get_secret_value()
+        hot = RedisHotAnswers(url, budget_s=settings.redis_budget_ms / 1000)
+    stack.push_async_callback(hot.aclose)
+    return hot
 
 
 def _wake_ups(
@@ -267,22 +394,3 @@ def _secrets(path: Path | None) -> SecretStore:
         return SecretStore({n: (given["value"], given["hosts"]) for n, given in found.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotReady(f"FLEXRUN_SECRETS_FILE can not be used ({type(error).__name__}).") from None
-
-
-async def _check_database(database: Database, settings: Settings) -> None:
-    """Refuse a database that is behind, or that may forget what it acknowledged."""
-    revision = await current_revision(database)
-    if is_behind(revision):
-        raise NotReady(
-            f"The database is at revision {revision or 'empty'}, this version needs "
-            f"{head_revision()}. "
-            "Run `flexrun migrate` first."
-        )
-    async with database.read() as connection:
-        facts = await server_facts(connection)
-    unsafe = [name for name in DURABILITY if facts[name] == "off"]
-    if unsafe and not settings.allow_unsafe_postgres:
-        raise NotReady(
-            f"Postgres runs with {', '.join(unsafe)} off, so that a crash could lose accepted "
-            "runs. Turn it on; FLEXRUN_ALLOW_UNSAFE_POSTGRES=true accepts it for tests."
-        )

@@ -25,9 +25,11 @@ from app.api import (
     facets,
     health,
     metrics,
+    models,
     orders,
     plans,
     runs,
+    slm,
 )
 from app.api.errors import install_error_handlers
 from app.api.hot import HotRoutes
@@ -45,7 +47,10 @@ GC_THRESHOLD = 20_000
 reference count: looking at every 700 took a twentieth of the time."""
 
 PROBES = (health, metrics)
-ROUTERS = (runs, orders, events, plans, capabilities, facets, contracts, breakers, *PROBES)
+ROUTERS = (
+    *(runs, orders, events, plans, capabilities, facets, contracts, models, slm, breakers),
+    *PROBES,
+)
 
 
 def create_app(

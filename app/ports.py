@@ -12,12 +12,46 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from app.domain.capability import Capability
-from app.domain.chat import ChatAnswer, ChatRequest, Embeddings
+from app.domain.chat import (
+    ChatAnswer,
+    ChatRequest,
+    Completion,
+    Embeddings,
+    Prompt,
+    PromptFailed,
+)
 from app.domain.errors import Fault
+from app.domain.events import Event
 
 
 def _no_emit(event_type: str, data: dict[str, Any]) -> None:
     """The default of `Call.emit`: for calls outside a run, such as tests of one capability."""
+
+
+async def no_model(prompt: Prompt) -> Completion:
+    """The default of `Call.complete`."""
+    raise PromptFailed("no_compatible_model", "No model is configured.")
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The vector of a text, and the model that made it: those of two models do not compare."""
+
+    model: str
+    vector: tuple[float, ...]
+
+
+async def no_embedding(text: str, models: Sequence[str] = ()) -> Embedded:
+    """The default of `Call.embed`."""
+    raise PromptFailed("no_compatible_model", "No model is configured.")
+
+
+class Embed(Protocol):
+    """How a capability embeds a text: by one of these models, by any when none is named."""
+
+    def __call__(self, text: str, models: Sequence[str] = ()) -> Awaitable[Embedded]:
+        """Raises `PromptFailed`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +60,8 @@ class Call:
 
     `deadline_ms` is the time left in milliseconds when the call was built. `idempotency_key` is the
     same for every attempt of one round, so that the far side can recognise a repetition. `emit`
-    puts an event (LOG, FILE_WRITTEN …) into the run's next append.
+    puts an event (LOG, FILE_WRITTEN …) into the run's next append. `complete` and `embed` ask a
+    model, and raise `PromptFailed`.
     """
 
     run_id: str
@@ -40,6 +75,8 @@ class Call:
     capability: Capability
     traceparent: str = ""
     emit: Callable[[str, dict[str, Any]], None] = field(default=_no_emit)
+    complete: Callable[[Prompt], Awaitable[Completion]] = field(default=no_model)
+    embed: Embed = field(default=no_embedding)
 
 
 class CallFailed(Exception):
@@ -72,6 +109,15 @@ class CallFailed(Exception):
         self.faults = faults
 
 
+class CallRefused(Exception):
+    """Nothing was called: an open breaker behind the adapter keeps it. The node waits for it."""
+
+    def __init__(self, scope: str, retry_after_s: float) -> None:
+        super().__init__(scope)
+        self.scope = scope
+        self.retry_after_s = retry_after_s
+
+
 class CapabilityAdapter(Protocol):
     """Runs the calls of one capability kind (builtin, http …)."""
 
@@ -92,7 +138,7 @@ class CapabilityAdapter(Protocol):
         ...
 
     def invoke(self, call: Call) -> Awaitable[dict[str, Any]]:
-        """The node's output; raises `CallFailed`. Cancelling it must stop the work."""
+        """The node's output; raises `CallFailed` or `CallRefused`. Cancelling it stops the work."""
         ...
 
 
@@ -122,6 +168,59 @@ class Provider(Protocol):
 
     async def aclose(self) -> None:
         """Let go of connections."""
+        ...
+
+
+class HotAnswers(Protocol):
+    """Copies of cached answers that are quicker to read than the database, and never authoritative.
+
+    Nothing here raises: a copy that can not be had in time is a miss, and one that can not be made
+    is none.
+    """
+
+    async def get(self, name: str) -> bytes | None:
+        """What `put` was given, for as long as it lives."""
+        ...
+
+    async def put(self, name: str, body: bytes) -> None:
+        """Keep a copy for a while; one that is too large is not kept."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of connections."""
+        ...
+
+
+# --- traces: adapters/tracing/ --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RunTrace:
+    """A run that came to rest, to be told as spans of the trace that it belongs to.
+
+    `traceparent` is the W3C context that the run was accepted with; a run that began its trace is
+    named in it itself. `events` are all up to now, by seq. What ended up to `told_seq` was told
+    when the run rested before.
+    """
+
+    run_id: str
+    traceparent: str
+    events: Sequence[Event]
+    told_seq: int = 0
+
+
+class TraceExporter(Protocol):
+    """Sends traces away, best effort. Called by one thread at a time, never by that of the loop."""
+
+    def export(self, runs: Sequence[RunTrace]) -> bool:
+        """Build the spans and send them; may take its time. Whether they arrived, if it is known.
+
+        No input, output, prompt or text of an error leaves the process.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop, also an export under way in another thread. May take as long as one."""
         ...
 
 

@@ -7,10 +7,11 @@ The command line also reads `FLEXRUN_URL`: where its commands look for the servi
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Role = Literal["serve", "api", "worker"]
@@ -125,11 +126,73 @@ class Settings(BaseSettings):
     )
     secrets_file: Path | None = Field(
         None,
-        description="JSON file of secrets for http capabilities: "
+        description="JSON file of secrets for http and mcp capabilities: "
         '{"name": {"value": "…", "hosts": ["api.example.com"]}}.',
+    )
+    mcp_file: Path | None = Field(
+        None,
+        description="JSON file of MCP servers to start here: "
+        '{"servers": {"files": {"command": ["npx", "…"], "env": {}}}}.',
+    )
+
+    # Models.
+    models_file: Path | None = Field(
+        None,
+        description="YAML file of providers and models; without it models.yaml in the working "
+        "directory, if there is one.",
+    )
+    llm_cache_days: int = Field(
+        30,
+        ge=0,
+        le=3_650,
+        description="Days that an answer of a model is kept after its last use; 0: no cache.",
+    )
+
+    # Traces. The OpenTelemetry SDK reads its other variables itself: OTEL_EXPORTER_OTLP_HEADERS …
+    otel_exporter_otlp_endpoint: str | None = Field(
+        None,
+        validation_alias=_plain("otel_exporter_otlp_endpoint"),
+        description="Base URL of an OTLP/HTTP receiver; spans of runs go to /v1/traces below it.",
+    )
+    otel_exporter_otlp_traces_endpoint: str | None = Field(
+        None,
+        validation_alias=_plain("otel_exporter_otlp_traces_endpoint"),
+        description="The whole URL for spans, in place of the one above.",
+    )
+    otel_service_name: str = Field(
+        "flexrun",
+        validation_alias=_plain("otel_service_name"),
+        description="Name of this service in traces.",
+    )
+    langfuse_public_key: str | None = Field(
+        None,
+        validation_alias=_plain("langfuse_public_key"),
+        description="Public key of a project of Langfuse; runs are traced there.",
+    )
+    langfuse_secret_key: SecretStr | None = Field(
+        None,
+        validation_alias=_plain("langfuse_secret_key"),
+        validate_default=True,
+        description="Its secret key.",
+    )
+    langfuse_base_url: str = Field(
+        "https://cloud.langfuse.com",
+        validation_alias=AliasChoices("LANGFUSE_BASE_URL", "langfuse_base_url", "LANGFUSE_HOST"),
+        description="Where that Langfuse is. LANGFUSE_HOST is read, too.",
+    )
+    trace_sample: float = Field(
+        1.0, ge=0, le=1, description="Share of the traces that is exported, chosen by trace id."
+    )
+    trace_cpu_max: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="Share of one core that exporting traces may take, for each exporter; runs "
+        "that end faster than that are not traced.",
     )
 
     # Instruments.
+    log_events: bool = Field(False, description="Write a log line for every event of every run.")
     latency_record: bool = Field(True, description="Keep planning and queue times of each run.")
     sweep_s: float = Field(5.0, gt=0, description="How often stale capabilities are looked for.")
     failpoint: str | None = Field(
@@ -142,3 +205,16 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("langfuse_secret_key")
+    @classmethod
+    def _comes_in_a_pair(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if (value is None) != (info.data.get("langfuse_public_key") is None):
+            raise ValueError("LANGFUSE_PUBLIC_KEY and LANGFUSE_SECRET_KEY belong together")
+        return value
+
+
+def variable(name: str) -> SecretStr | None:
+    """The value of a variable that the file of models names, None when it is unset or empty."""
+    value = os.environ.get(name)
+    return SecretStr(value) if value else None

@@ -27,6 +27,7 @@ from app.store.claims import Claim, Fairness, Wanted, claim_runs, something_wait
 from app.store.database import BROKEN, REFUSED, TRANSIENT
 from app.store.keys import forget_old_keys
 from app.store.leases import forget_workers, leave, owned_runs
+from app.store.llm_cache import forget_old_answers
 from app.store.partitions import make_partitions
 from app.store.signals import discard_late_signals, signals_for
 
@@ -206,6 +207,8 @@ class Worker:
         await make_partitions(self._services.database, datetime.now(UTC).date())
         await forget_old_keys(self._services.database)
         await forget_old_announcements(self._services.database)
+        days = self._services.settings.llm_cache_days
+        await forget_old_answers(self._services.database, days)
 
 
 def _every(seconds: float) -> Callable[[], Awaitable[None]]:

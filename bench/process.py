@@ -146,7 +146,8 @@ def clean_environment(database_url: str | None = None, **settings: str) -> dict[
     found = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("FLEXRUN_") and name not in ("DATABASE_URL", "REDIS_URL")
+        if not name.startswith(("FLEXRUN_", "OTEL_", "LANGFUSE_"))
+        and name not in ("DATABASE_URL", "REDIS_URL")
     }
     found |= {f"FLEXRUN_{name.upper()}": value for name, value in settings.items()}
     if database_url is not None:

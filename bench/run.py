@@ -21,7 +21,18 @@ import orjson
 import uvloop
 
 from app.version import VERSION
-from bench import claims, growth, limits, shapes, starts, streams, takeover, two_workers
+from bench import (
+    claims,
+    growth,
+    limits,
+    models,
+    shapes,
+    starts,
+    streams,
+    takeover,
+    tracing,
+    two_workers,
+)
 from bench.rig import Rig, scratch
 from bench.stats import Book, Figure, Goal, Ratio, figures_table
 
@@ -39,8 +50,10 @@ GROUPS: dict[str, Group] = {
     "frozen": takeover.frozen,
     "restart": takeover.restart,
     "claims": claims.claims,
+    "models": models.models,
     "two_workers": two_workers.two_workers,
     "growth": growth.growth,
+    "tracing": tracing.tracing,
 }
 RATIOS = (
     Ratio("bare FastAPI POST over diamond runs/s", limits.POST_RATE, shapes.DIAMOND_RATE),
@@ -62,12 +75,14 @@ RATIOS = (
     Ratio(
         "runs/s over HTTP, two services over one", two_workers.TWO_SERVICES, two_workers.ONE_SERVICE
     ),
+    Ratio("a call of a model, gateway without cache over httpx", models.GATEWAY, models.BARE),
     Ratio(
         "runs/s, 1 M events over an empty journal",
         growth.FULL,
         growth.EMPTY,
         Goal(0.9, 1.0, better="more"),
     ),
+    *tracing.RATIOS,
 )
 GROUP_S_LEAST = 60.0
 """What is begun may take so long, even when the time is nearly over."""

@@ -38,6 +38,16 @@ def compiled(registration: Registration, facets: Iterable[Facet] = ()) -> Capabi
 def http_capability(
     config: dict[str, Any], effect: Effect = Effect.IDEMPOTENT, capability_id: str = "far.side"
 ) -> Capability:
+    return _far_side(CapabilityKind.HTTP, config, effect, capability_id)
+
+
+def mcp_capability(config: dict[str, Any], effect: Effect = Effect.IDEMPOTENT) -> Capability:
+    return _far_side(CapabilityKind.MCP, config, effect, "far.tool")
+
+
+def _far_side(
+    kind: CapabilityKind, config: dict[str, Any], effect: Effect, capability_id: str
+) -> Capability:
     return compiled(
         Registration.model_validate(
             {
@@ -45,7 +55,7 @@ def http_capability(
                 "version": "1.0.0",
                 "display_name": "Far side",
                 "summary": "A server under test.",
-                "kind": CapabilityKind.HTTP,
+                "kind": kind,
                 "effect": effect,
                 "input_contract": ANY_OBJECT,
                 "output_contract": ANY_OBJECT,

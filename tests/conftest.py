@@ -28,7 +28,8 @@ _numbers = itertools.count(1)
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of whoever runs the tests do not reach the services under test."""
-    for name in [name for name in os.environ if name.startswith("FLEXRUN_")]:
+    ours = ("FLEXRUN_", "OTEL_", "LANGFUSE_")
+    for name in [name for name in os.environ if name.startswith(ours)]:
         monkeypatch.delenv(name)
     own_names = ("DATABASE_URL", "REDIS_URL", "MAX_RETRIES", "PROVIDER_TIMEOUT_S")
     for name in (*own_names, "CB_THRESHOLD", "CB_COOLDOWN_S"):

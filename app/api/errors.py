@@ -93,6 +93,18 @@ class RequestTimeout(FlexrunError):
     code = "request_timeout"
 
 
+class ProviderFailed(FlexrunError):
+    """Who had to be asked gave no usable answer."""
+
+    code = "llm_unavailable"
+
+
+class TooSlow(FlexrunError):
+    """There is no answer in the time that a client is kept waiting."""
+
+    code = "no_answer_in_time"
+
+
 STATUS_AND_TITLE: dict[type[FlexrunError], tuple[int, str]] = {
     BadInput: (400, "The request can not be understood"),
     Unprocessable: (422, "The request breaks a rule"),
@@ -104,7 +116,9 @@ STATUS_AND_TITLE: dict[type[FlexrunError], tuple[int, str]] = {
     Conflict: (409, "The state does not allow this"),
     UnsupportedMediaType: (415, "The media type is not supported"),
     RequestTimeout: (408, "The request took too long to arrive"),
+    ProviderFailed: (502, "A provider gave no usable answer"),
     Unavailable: (503, "Try again later"),
+    TooSlow: (504, "It took too long"),
     FlexrunError: (500, "Internal error"),
 }
 _TITLE_OF_STATUS = {
@@ -127,7 +141,9 @@ _EXAMPLE_OF_STATUS: dict[int, tuple[str, str, tuple[Fault, ...]]] = {
         "The body is not valid.",
         (Fault("missing", "Field required", "/objective"),),
     ),
+    502: ("llm_unavailable", "Provider near answered 500.", ()),
     503: ("database_unreachable", "The journal is out of reach.", ()),
+    504: ("no_answer_in_time", "There was no answer within 30 s.", ()),
 }
 _CODE_OF_STATUS = {404: "route_not_found", 405: "method_not_allowed"}
 

@@ -6,7 +6,7 @@ its part out and never fails the page: this is what somebody looks at when it is
 `docs/METRICS.md` has a line for every family; a test compares them.
 
 No label ever holds what a caller sent, except the ids of registered capabilities, and of those no
-more than `WORDS_MAX`.
+more than `WORDS_MAX`. Names of providers are the operator's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from app.bootstrap import Services
 from app.domain.events import EventType
 from app.domain.signals import SignalKind
 from app.kit.clock import now_ms
-from app.kit.metrics import Histogram, Metrics
+from app.kit.metrics import CALL_BOUNDS_S, Histogram, Metrics
+from app.llm.selector import Reason
 from app.ports import BreakerStatus, TransitionKind
 from app.store.queue_stats import QueueStats
 from app.version import VERSION
@@ -51,6 +52,7 @@ _NODE_OUTCOMES = {
     "blocked": EventType.NODE_BLOCKED,
     "skipped": EventType.NODE_SKIPPED,
 }
+_TRACE_OUTCOMES = ("exported", "failed", "dropped", "unsampled")
 _process = ProcessCollector(registry=None)
 
 
@@ -105,7 +107,9 @@ def _own_families(services: Services) -> Iterator[Metric]:
         {str(kind): counted.signals.get(kind, 0) for kind in SignalKind},
     )
     yield call_durations(counted)
+    yield from model_families(counted, services.catalog.providers)
     yield from _journal_families(counted, services.journal.commits)
+    yield from _reading_families(counted)
     yield _gauge(
         "streams", "Open event streams and requests that wait for a run.", services.feed.readers
     )
@@ -152,14 +156,42 @@ def event_families(events: Mapping[str, int]) -> Iterator[Metric]:
 
 def call_durations(counted: Metrics) -> Metric:
     """One histogram a capability."""
-    family = HistogramMetricFamily(
-        f"{PREFIX}node_duration_seconds",
+    return _histogram_by(
+        "node_duration_seconds",
         "How long calls of capabilities took; of more than 200, the rest is `other`.",
-        labels=["capability_id"],
+        "capability_id",
+        counted.calls.of,
     )
-    for capability_id, found in sorted(counted.calls.of.items()):
-        family.add_metric([capability_id], _buckets(found), found.total)
-    return family
+
+
+def model_families(counted: Metrics, providers: Iterable[str]) -> Iterator[Metric]:
+    """Calls of models; the providers of the catalog are there from the start."""
+    names = list(providers)
+    yield _counter_by(
+        "model_selections",
+        "Choices of a model for a call, by reason.",
+        "reason",
+        {str(reason): counted.model_selections.get(reason, 0) for reason in Reason},
+    )
+    calls = dict.fromkeys(((name, "ok") for name in names), 0) | counted.llm_calls
+    yield _counter_of(
+        "llm_calls", "Calls of models that ended, by outcome.", ["provider", "outcome"], calls
+    )
+    tokens = {(name, way): 0 for name in names for way in ("in", "out")} | counted.llm_tokens
+    yield _counter_of(
+        "llm_tokens",
+        "Tokens of prompts (in) and answers (out); projected where a provider does not count.",
+        ["provider", "direction"],
+        tokens,
+    )
+    costs = dict.fromkeys(names, 0.0) | {n: float(v) for n, v in counted.llm_cost_usd.items()}
+    yield _counter_by(
+        "llm_cost_usd", "What calls cost, by the prices of the catalog.", "provider", costs
+    )
+    durations = {name: Histogram(CALL_BOUNDS_S) for name in names} | counted.llm_durations.of
+    yield _histogram_by(
+        "llm_duration_seconds", "How long calls of models took.", "provider", durations
+    )
 
 
 def _journal_families(counted: Metrics, commits: int) -> Iterator[Metric]:
@@ -170,6 +202,20 @@ def _journal_families(counted: Metrics, commits: int) -> Iterator[Metric]:
         "journal_stale_writes",
         "Appends refused because another worker holds the run.",
         counted.stale_writes,
+    )
+
+
+def _reading_families(counted: Metrics) -> Iterator[Metric]:
+    yield _counter_by(
+        "traced_runs",
+        "Runs that came to rest here, by what became of their traces.",
+        "outcome",
+        {outcome: counted.traced_runs.get(outcome, 0) for outcome in _TRACE_OUTCOMES},
+    )
+    yield _counter(
+        "unlogged_events",
+        "Events without a line in the log, because lines could not be written as fast.",
+        counted.unlogged_events,
     )
 
 
@@ -246,6 +292,22 @@ def _counter_by(name: str, text: str, label: str, values: Mapping[str, float]) -
     family = CounterMetricFamily(PREFIX + name, text, labels=[label])
     for word, value in values.items():
         family.add_metric([word], value)
+    return family
+
+
+def _counter_of(
+    name: str, text: str, labels: list[str], values: Mapping[tuple[str, str], float]
+) -> Metric:
+    family = CounterMetricFamily(PREFIX + name, text, labels=labels)
+    for words, value in sorted(values.items()):
+        family.add_metric(words, value)
+    return family
+
+
+def _histogram_by(name: str, text: str, label: str, found: Mapping[str, Histogram]) -> Metric:
+    family = HistogramMetricFamily(PREFIX + name, text, labels=[label])
+    for word, one in sorted(found.items()):
+        family.add_metric([word], _buckets(one), one.total)
     return family
 
 

@@ -19,6 +19,7 @@ from app.domain.capability import (
 )
 from app.domain.contract import Contract, ContractSpec, Mode, instructions_of
 from app.domain.facet import Facet, FacetMetadata, Semantics
+from app.domain.system_prompt import system_prompt_of
 from app.kit.redact import redact
 
 
@@ -81,7 +82,10 @@ class CapabilityResource(_Shape):
     concurrency: int | None
     heartbeat: Heartbeat | None
     preferred_models: list[str]
-    system_prompt: str | None
+    system_prompt: str | None = Field(
+        description="Of the kind llm: what its model is told, made from the contracts or the "
+        "registered text, with the schema of the output."
+    )
     config: dict[str, Any]
     metadata: dict[str, Any]
     status: CapabilityStatus = Field(description="`inactive`: its heartbeat ran out.")
@@ -143,6 +147,8 @@ def capability_view(capability: Capability, facets: Mapping[str, Facet]) -> Capa
         "config": redact(registration.config),
         "metadata": redact(registration.metadata),
     }
+    if registration.kind is CapabilityKind.LLM:
+        shown["system_prompt"] = system_prompt_of(capability)
     return CapabilityResource(
         **shown,
         status=capability.status,

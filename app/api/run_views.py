@@ -62,7 +62,7 @@ async def run_view(services: Services, stored: StoredRun) -> dict[str, Any]:
     run_id = UUID(state.run_id)
     output = error = None
     if state.status.is_terminal and not stored.pruned:
-        event = await last_event(services.reader, run_id, stored.seq)
+        event = await last_event(services.reader, run_id, state.seq)
         data = {} if event is None else event["data"]
         output = await event_value(services.reader, run_id, data)
         error = data.get("error")

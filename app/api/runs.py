@@ -245,8 +245,8 @@ async def list_runs(
         limit=limit + 1,
         status=[str(value) for value in status or ()],
         label=label,
-        created_after=_bound(created_after),
-        created_before=_bound(created_before),
+        created_after=id_bound(created_after),
+        created_before=id_bound(created_before),
     )
     more = len(rows) > limit
     runs = [summary_view(row) for row in rows[:limit]]
@@ -254,7 +254,7 @@ async def list_runs(
     return json_response(200, {"runs": runs, "next_cursor": next_cursor})
 
 
-def _bound(at: datetime | None) -> UUID | None:
+def id_bound(at: datetime | None) -> UUID | None:
     """A time as the smallest run id of that ms: ids are ordered by time."""
     if at is None:
         return None

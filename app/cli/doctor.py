@@ -66,6 +66,7 @@ def _checks(url: str | None, database_url: str | None, data_dir: Path | None) ->
         yield Check("settings", error.message, True, error.hint or "Correct them.")
         return
     yield _settings(settings)
+    yield _models(settings)
     if settings.database_url is None:
         yield from _embedded(settings)
     else:
@@ -97,6 +98,20 @@ def _settings(settings: Settings) -> Check:
         todo = "Correct FLEXRUN_SECRETS_FILE, or let this user read it."
         return Check("settings", f"{shown}; {secrets} can not be read", True, todo)
     return Check("settings", shown or "all at their defaults")
+
+
+def _models(settings: Settings) -> Check:
+    from app.llm.catalog import load_catalog  # noqa: PLC0415 - only this command needs it
+    from app.llm.models_file import ModelsInvalid  # noqa: PLC0415
+    from app.settings import variable  # noqa: PLC0415
+
+    try:
+        catalog = load_catalog(settings.models_file, variable)
+    except ModelsInvalid as error:
+        return Check("models", error.detail, True, "Correct the file; its comments tell how.")
+    able = [name for name, found in catalog.providers.items() if not found.unavailable]
+    shown = f"of {', '.join(able)}" if able else "none: no provider is configured"
+    return Check("models", shown)
 
 
 # --- the database ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from app.cli.database import migrate, prune
 from app.cli.demo import demo
 from app.cli.doctor import doctor
 from app.cli.errors import CliError
+from app.cli.models import models
 from app.cli.output import err, out
 from app.cli.plan import plan
 from app.cli.registry import capabilities, facets
@@ -53,6 +54,7 @@ for panel, commands in {
 app.add_typer(capabilities, name="capabilities", rich_help_panel="Catalog")
 app.add_typer(facets, name="facets", rich_help_panel="Catalog")
 app.add_typer(breakers, name="breakers", rich_help_panel="Catalog")
+app.command(rich_help_panel="Catalog")(models)
 app.command(hidden=True)(demo)
 
 

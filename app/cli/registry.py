@@ -10,11 +10,14 @@ import typer
 from app.cli.client import DEFAULT_URL, Api, AsJson, Url, pages, path_of
 from app.cli.errors import UsageError
 from app.cli.inputs import parse_json, read_text
+from app.cli.mcp import import_mcp
 from app.cli.output import as_json as json_text
 from app.cli.output import out, out_json
 from app.cli.render import table_lines
 
-capabilities = typer.Typer(help="Look up and register capabilities: list, show, register.")
+capabilities = typer.Typer(
+    help="Look up and register capabilities: list, show, register, import-mcp."
+)
 facets = typer.Typer(help="Look up facets: list, show.")
 
 
@@ -76,13 +79,18 @@ def register_capability(
     file: Annotated[str, typer.Argument(help="File with a registration as JSON; - is stdin.")],
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Register a capability, or register it again."""
+    """Register a capability, or a list of them, for the first time or again."""
     body = parse_json(read_text(file), file)
-    if not isinstance(body, dict):
-        raise UsageError(f"{file} holds no registration: a JSON object is needed.")
+    bodies = body if isinstance(body, list) else [body]
+    if not all(isinstance(each, dict) for each in bodies):
+        raise UsageError(f"{file} holds no registration: a JSON object, or a list, is needed.")
     with Api(url) as api:
-        found = api.post(path_of("capabilities"), body)
-    out(f"Registered {found['capability_id']} {found['version']} ({found['status']}).")
+        for each in bodies:
+            found = api.post(path_of("capabilities"), each)
+            out(f"Registered {found['capability_id']} {found['version']} ({found['status']}).")
+
+
+capabilities.command("import-mcp")(import_mcp)
 
 
 @facets.command("list")

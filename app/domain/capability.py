@@ -30,6 +30,8 @@ class CapabilityKind(StrEnum):
 
     BUILTIN = "builtin"
     HTTP = "http"
+    LLM = "llm"
+    MCP = "mcp"
 
 
 class NodeKind(StrEnum):

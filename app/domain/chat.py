@@ -6,10 +6,12 @@ these. Texts here are prompts and answers: they go into no log line and no error
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+from app.domain.errors import Fault
 
 
 class ChatRole(StrEnum):
@@ -106,6 +108,75 @@ class Embeddings:
 
     vectors: tuple[tuple[float, ...], ...]
     usage: Usage | None = None
+
+
+class ModelRole(StrEnum):
+    """What a model is used for. `reliable`: who is asked when others give bad answers."""
+
+    CHAT = "chat"
+    PLANNING = "planning"
+    CODE = "code"
+    EMBEDDING = "embedding"
+    RELIABLE = "reliable"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is wanted of some model; which one, the gateway finds.
+
+    `preferred` are names of the catalog, best first. `faults_of` judges the JSON value of an answer
+    (`form` JSON): what it finds is told to the model, which may try again. `inputs_sha256` stands
+    for data that the messages do not show, in the key of the cache.
+    """
+
+    messages: tuple[Message, ...]
+    role: ModelRole = ModelRole.CHAT
+    form: AnswerForm = AnswerForm.TEXT
+    schema: Mapping[str, Any] | None = None
+    tools: tuple[Tool, ...] = ()
+    output_tokens_max: int | None = None
+    temperature: float | None = None
+    preferred: tuple[str, ...] = ()
+    faults_of: Callable[[Any], Sequence[Fault]] | None = None
+    inputs_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a model made of a prompt. `value` is the JSON value of `text`, in form JSON only."""
+
+    model: str
+    text: str
+    value: Any = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    is_escalated: bool = False
+    is_cached: bool = False
+
+
+class PromptFailed(Exception):
+    """No model gave a usable answer. `code`:
+
+    `no_compatible_model`       none in the catalog can do it
+    `breaker_open`              who could do it is not worth calling now: again in `retry_after_s`
+    `timeout`                   the last that was asked did not answer in time
+    `llm_unavailable`           the last that was asked gave no answer
+    `invalid_json`, `schema_validation_failed`, `refused`, `cut_off`   it answered, but not well
+    `budget_exhausted`          the run may not spend what the call could cost
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        faults: tuple[Fault, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retry_after_s = retry_after_s
+        self.faults = faults
 
 
 class LlmUnavailableError(Exception):

@@ -110,6 +110,8 @@ class Property:
     title: str | None
     schema: Schema
     required: bool
+    instruction: str = ""
+    """What it means: of its facets, or the description in the schema."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,11 +287,13 @@ def _added(facet: Facet, earlier: Property | None) -> Property:
     # `#` of a facet is the facet's own schema; in the contract that schema stands at its key.
     own = relocate(facet.json_schema, fragment("properties", facet.key))
     required = facet.metadata.required_by_default
-    alone = Property(facet.key, facet.name, facet.version, facet.title, own, required)
+    told = facet.semantics.instruction
     if earlier is None:
-        return alone
+        return Property(facet.key, facet.name, facet.version, facet.title, own, required, told)
     merged = merge(earlier.schema, own)
-    return Property(facet.key, None, None, facet.title, merged, required or earlier.required)
+    required = required or earlier.required
+    told = f"{earlier.instruction}\n{told}"
+    return Property(facet.key, None, None, facet.title, merged, required, told)
 
 
 def _from_schema(schema: dict[str, Any], pointer: str) -> Contract:
@@ -299,7 +303,10 @@ def _from_schema(schema: dict[str, Any], pointer: str) -> Contract:
     declared = top.get("properties", {}) if isinstance(top, dict) else {}
     required = top.get("required", ()) if isinstance(top, dict) else ()
     properties = {
-        key: Property(key, None, None, _title_of(found), found, key in required)
+        key: Property(
+            *(key, None, None, _text_of(found, "title"), found, key in required),
+            instruction=_text_of(found, "description") or "",
+        )
         for key, found in declared.items()
     }
     return Contract(
@@ -314,8 +321,8 @@ def _from_schema(schema: dict[str, Any], pointer: str) -> Contract:
     )
 
 
-def _title_of(schema: Schema) -> str | None:
-    return schema.get("title") if isinstance(schema, dict) else None
+def _text_of(schema: Schema, keyword: str) -> str | None:
+    return schema.get(keyword) if isinstance(schema, dict) else None
 
 
 def _accepts_any_key(schema: Schema) -> bool:

@@ -113,6 +113,13 @@ class Topology(_Strict):
 
 
 class PlannerPolicies(_Strict):
+    """How the plan is made. `strategy` llm: a model proposes it, with the `directives` in its
+    prompt; without a model, or when what it proposes does not hold, the assembler makes it."""
+
+    strategy: Literal["assembler", "llm"] = "assembler"
+    directives: list[Annotated[str, StringConstraints(max_length=2_000)]] = Field(
+        default_factory=list, max_length=50
+    )
     selection: Selection = Selection()
     topology: Topology = Topology()
 

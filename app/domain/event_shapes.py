@@ -252,6 +252,7 @@ class LlmRequestData(EventData):
 
     provider: str
     model: str
+    role: str = Field(description="what it was chosen for")
     prompt_tokens: int = Field(description="projected, before the call")
     call: int = Field(description="1, 2, 3 … of this attempt of the node")
 
@@ -261,6 +262,7 @@ class LlmResponseData(EventData):
 
     provider: str
     model: str
+    role: str = Field(description="what it was chosen for")
     call: int
     outcome: str = Field(
         description="`ok`, `timeout`, `invalid_json`, `schema_validation_failed`, `refused`, "
@@ -271,7 +273,6 @@ class LlmResponseData(EventData):
     tokens_out: int
     cost_usd: str = Field(description="decimal; 0 for a model without prices")
     is_estimated: bool = Field(description="the provider did not count: tokens are projected")
-    delay_ms: int | None = Field(None, description="until the same model is called again")
 
 
 class CacheHitData(EventData):

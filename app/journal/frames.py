@@ -61,6 +61,11 @@ def frame_of(seq: int, event_type: str, node_id: str | None, level: str, body: b
     )
 
 
+def body_of(frame: Frame) -> bytes:
+    """The stored body in a frame: what stands behind `data:`."""
+    return frame.data[frame.data.index(b"\ndata: ") + 7 : -2]
+
+
 def written_at(frame: Frame) -> int:
     """The `ts` of the event in a frame, in ms: the keys of a body come in a fixed order."""
     at = frame.data.index(b'"ts":"') + 6

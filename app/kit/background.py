@@ -21,6 +21,10 @@ class Background:
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
+    async def ended(self) -> None:
+        """Until all that is under way has ended."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:

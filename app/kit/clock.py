@@ -45,6 +45,7 @@ def _second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
+@functools.lru_cache(maxsize=64)
 def from_rfc3339(text: str) -> int:
     """The ms of a time that `rfc3339` wrote."""
     return round(datetime.fromisoformat(text).timestamp() * 1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import uuid
 from datetime import UTC, date, datetime
@@ -46,10 +47,17 @@ def parse_id(text: str) -> uuid.UUID | None:
         return None
 
 
-def new_traceparent() -> tuple[str, str]:
-    """A W3C trace context for a new trace: `(traceparent, trace_id)`."""
+def new_traceparent(span: str | None = None) -> tuple[str, str]:
+    """A W3C trace context for a new trace, at this span: `(traceparent, trace_id)`."""
     trace_id = os.urandom(16).hex()
-    return f"00-{trace_id}-{os.urandom(8).hex()}-01", trace_id
+    return f"00-{trace_id}-{span or os.urandom(8).hex()}-01", trace_id
+
+
+def span_id(*parts: object) -> str:
+    """The id of a span (W3C Trace Context, 16 hex digits), made of what the span is about: a run;
+    a run, a node and an attempt; or a run and a seq. So every process knows it without being told.
+    """
+    return hashlib.sha256(":".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 def id_at(ms: int) -> uuid.UUID:

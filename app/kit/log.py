@@ -12,7 +12,8 @@ from app.kit.clock import now_ms, rfc3339
 
 
 class JsonFormatter(logging.Formatter):
-    """`{ts, level, logger, message}` and, for exceptions, where it happened: never its text.
+    """`{ts, level, logger, message}`, the `fields` of the record where it has some, and, for
+    exceptions, where it happened: never its text.
 
     The text of an exception can hold what a caller sent; the type and the place do not.
     """
@@ -23,6 +24,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info and record.exc_info[0] is not None:
             line["error"] = record.exc_info[0].__name__
@@ -38,5 +40,8 @@ def configure(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpcore"):  # their tracing quotes what others answered
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("langfuse").setLevel(logging.WARNING)
+    logging.getLogger("opentelemetry").setLevel(logging.ERROR)

@@ -2,7 +2,7 @@
 
 Any floor may add to them; only the metrics page of the API reads them. Adding costs a few hundred
 nanoseconds at most, because it happens on the path of every run: no locks (one event loop writes),
-no labels beyond one word, and no library. Nothing here may decide anything, and no text of a
+few labels, and no library. Nothing here may decide anything, and no text of a
 caller may become a word, but for the bounded number of names that `HistogramBy` keeps.
 """
 
@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 WORDS_MAX = 200
 OTHER = "other"
@@ -109,6 +110,9 @@ class Metrics:
 
     `events` counts durable events of this process's own appends by type: ends of runs, outcomes
     of nodes and take-overs are read from it. `signals` counts those that were applied, by kind.
+    Calls of models are counted by provider, `llm_calls` also by outcome, `llm_tokens` by `in` or
+    `out`; `model_selections` by reason. `traced_runs` counts runs that came to rest here, by what
+    became of their traces.
     """
 
     events: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -121,4 +125,11 @@ class Metrics:
     lease_losses: int = 0
     signals: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     breaker_transitions: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    model_selections: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    llm_calls: defaultdict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
+    llm_tokens: defaultdict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
+    llm_cost_usd: defaultdict[str, Decimal] = field(default_factory=lambda: defaultdict(Decimal))
+    llm_durations: HistogramBy = field(default_factory=lambda: HistogramBy(CALL_BOUNDS_S))
+    traced_runs: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    unlogged_events: int = 0
     loop_lag: LoopLag = field(default_factory=LoopLag)

@@ -30,7 +30,7 @@ from app.journal.errors import HeadDiverged, JournalClosed, KeyTaken, LeaseLost
 from app.journal.record import Append, Journal, RunHandle
 from app.kit import failpoints
 from app.kit.clock import rfc3339, to_datetime
-from app.kit.ids import created_ms, new_id, new_traceparent
+from app.kit.ids import created_ms, new_id, new_traceparent, span_id
 from app.orchestrator.outcomes import adopt_plan, plan_generated
 from app.orchestrator.run import DrivenRun, limits_of
 from app.orchestrator.runner import Runner
@@ -126,7 +126,7 @@ class Commands:
         failpoints.hit("submit.before_record")
         run_id = new_id()
         handle = RunHandle(run_id, epoch=0, seq=0, trace_id="")
-        traceparent, handle.trace_id = _trace_of(traceparent)
+        traceparent, handle.trace_id = _trace_of(traceparent, run_id)
         now = created_ms(run_id)
         opening = Append(
             [_run_queued(envelope)],
@@ -280,11 +280,11 @@ def once_of(route: str, key: str | None, body: Any) -> Once | None:
     return Once(route, key, hashlib.sha256(canonical).hexdigest())
 
 
-def _trace_of(traceparent: str | None) -> tuple[str, str]:
-    """Go on with the caller's W3C trace if it is well formed, else begin one."""
+def _trace_of(traceparent: str | None, run_id: UUID) -> tuple[str, str]:
+    """Go on with the caller's W3C trace if it is well formed, else begin one at the run itself."""
     parts = (traceparent or "").split("-")
     if len(parts) == 4 and [len(part) for part in parts] == [2, 32, 16, 2]:
         hexadecimal = all(c in "0123456789abcdef-" for c in traceparent or "")
         if hexadecimal and int(parts[1], 16) and int(parts[2], 16) and parts[0] != "ff":
             return traceparent or "", parts[1]
-    return new_traceparent()
+    return new_traceparent(span_id(run_id))

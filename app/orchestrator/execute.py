@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -24,13 +23,25 @@ from app.domain.decide import Failure
 from app.domain.errors import Fault
 from app.domain.events import Event, EventType, Level
 from app.domain.plan import Bound, PlanNode
-from app.domain.state import CapabilityKey
 from app.kit import failpoints
 from app.kit.background import Background
+from app.kit.ids import span_id
 from app.kit.json_gate import JsonRefused, check_value
 from app.kit.json_pointer import PointerMissing, resolve
-from app.orchestrator.run import DrivenRun, Inbox, Outcome
-from app.ports import Breakers, Call, CallFailed, CapabilityAdapter, Refused
+from app.llm.gateway import Gateway
+from app.orchestrator.ask import Asking
+from app.orchestrator.run import DrivenRun, Outcome
+from app.orchestrator.slots import Slots
+from app.ports import (
+    Breakers,
+    Call,
+    CallFailed,
+    CallRefused,
+    CapabilityAdapter,
+    Refused,
+    no_embedding,
+    no_model,
+)
 from app.registry.image import RegistryImage
 
 log = logging.getLogger("flexrun.execute")
@@ -49,67 +60,6 @@ class ExecutionLimits:
     backoff_max_ms: int = 30_000
 
 
-class Slots:
-    """How many calls of a limited capability run in this process, and who waits for one.
-
-    A slot is taken when a start is decided and given back when its call ended, so that two runs
-    that decide at the same time can not both have the last one.
-    """
-
-    def __init__(self) -> None:
-        self._used: dict[CapabilityKey, int] = {}
-        self._limits: dict[CapabilityKey, int] = {}
-        self._waiting: dict[CapabilityKey, dict[int, Inbox]] = {}
-
-    def free(self, limits: Mapping[CapabilityKey, int]) -> dict[CapabilityKey, int]:
-        return {key: limit - self._used.get(key, 0) for key, limit in limits.items()}
-
-    def take(self, run: DrivenRun, node: PlanNode) -> None:
-        if node.concurrency is not None:
-            key = run.slots[node.id] = self._key(node)
-            self._used[key] = self._used.get(key, 0) + 1
-
-    def release(self, run: DrivenRun, node_id: str) -> None:
-        """Give a slot back and let the run that waits longest look again."""
-        if (key := run.slots.pop(node_id, None)) is not None:
-            self._used[key] -= 1
-            self._poke_next(key)
-
-    def release_all(self, run: DrivenRun) -> None:
-        """The run is not driven here any more."""
-        for node_id in list(run.slots):
-            self.release(run, node_id)
-        for waiting in self._waiting.values():
-            waiting.pop(id(run.inbox), None)
-        self.pass_on()
-
-    def wait(self, run: DrivenRun, node: PlanNode) -> None:
-        """Poke the run when the node's capability has a free slot: at once, or later."""
-        if node.concurrency is None:
-            return
-        key = self._key(node)
-        self._waiting.setdefault(key, {})[id(run.inbox)] = run.inbox
-        self._poke_next(key)
-
-    def pass_on(self) -> None:
-        """A run that was woken for a slot may not have taken it: the next in line looks."""
-        for key in list(self._waiting):
-            self._poke_next(key)
-
-    def _poke_next(self, key: CapabilityKey) -> None:
-        waiting = self._waiting.get(key)
-        if waiting and self._used.get(key, 0) < self._limits[key]:
-            waiting.pop(next(iter(waiting))).poke()
-        if not waiting:
-            self._waiting.pop(key, None)
-
-    def _key(self, node: PlanNode) -> CapabilityKey:
-        key = (node.capability_id, node.capability_version)
-        assert node.concurrency is not None
-        self._limits[key] = node.concurrency
-        return key
-
-
 class Executor:
     """Performs started nodes. `image` gives the registry of a tenant as it is now."""
 
@@ -119,8 +69,10 @@ class Executor:
         image: Callable[[str], RegistryImage],
         limits: ExecutionLimits,
         breakers: Breakers,
+        gateway: Gateway | None = None,
     ) -> None:
         self._adapters = adapters
+        self._gateway = gateway
         self._breakers = breakers
         self._image = image
         self._limits = limits
@@ -169,6 +121,10 @@ class Executor:
         if not capability.input.is_valid(inputs):
             return _invalid_input(tuple(capability.input.violations(inputs)))
         state = run.state.nodes[node.id]
+        asking = None
+        if self._gateway is not None:
+            asking = Asking(self._gateway, run, node.id, state.attempt, node.timeout_s)
+        span = span_id(run.handle.text_id, node.id, state.attempt)
         return Call(
             run_id=run.handle.text_id,
             node_id=node.id,
@@ -179,8 +135,10 @@ class Executor:
             inputs=inputs,
             deadline_ms=int(node.timeout_s * 1000),
             capability=capability,
-            traceparent=f"00-{run.handle.trace_id}-{os.urandom(8).hex()}-01",
+            traceparent=f"00-{run.handle.trace_id}-{span}-01",
             emit=partial(_emit, emitted, node.id, state.attempt),
+            complete=no_model if asking is None else asking.complete,
+            embed=no_embedding if asking is None else asking.embed,
         )
 
     def _run_inline(
@@ -276,6 +234,9 @@ class Executor:
             return self._failed(call, timed_out, started)
         except CallFailed as failed:
             return self._failed(call, failed, started)
+        except CallRefused as refused:
+            waits = Refused(refused.scope, 0, refused.retry_after_s)
+            return Outcome(call.node_id, refused=waits)
         except Exception as error:
             return self._crashed(call, error, started)
         return self._returned(call, output, started)

@@ -31,6 +31,7 @@ from app.journal.record import Append, Journal
 from app.kit import failpoints
 from app.kit.clock import now_ms
 from app.kit.metrics import Metrics
+from app.orchestrator.ask import count_models
 from app.orchestrator.execute import Executor
 from app.orchestrator.lease import Lease
 from app.orchestrator.outcomes import (
@@ -39,9 +40,12 @@ from app.orchestrator.outcomes import (
     event_limit,
     make_plan,
     outcome_events,
+    planned_events,
     run_failed,
+    said_events,
 )
-from app.orchestrator.run import DrivenRun, Outcome
+from app.orchestrator.planning import ModelPlanner
+from app.orchestrator.run import PLANNING, DrivenRun, Outcome, Planned, Said
 from app.planner.plan_envelope import PlanLimits
 from app.registry.image import RegistryImage
 
@@ -79,6 +83,7 @@ class Drive:
     metrics: Metrics = field(default_factory=Metrics)
     announce_work: Callable[[], None] = lambda: None
     nudge_worker: Callable[[], None] = lambda: None
+    planner: ModelPlanner | None = None
     is_leaving: bool = False
 
 
@@ -89,6 +94,7 @@ class _Step:
     append: Append
     now: int
     to_call: list[str] = field(default_factory=list)
+    to_plan: ModelPlanner | None = None
     wake_at: int | None = None
 
     def note(self, run: DrivenRun, events: list[Event]) -> None:
@@ -134,6 +140,8 @@ async def _drive(run: DrivenRun, drive: Drive) -> None:
             if step.append.wake_at == HANDED_OVER:
                 drive.announce_work()
             return  # finished, parked until a human decides or a time comes, or handed over
+        if step.to_plan is not None:
+            step.to_plan.start(run, drive.image(run.tenant_id))
         for node_id in step.to_call:
             drive.executor.perform(run, node_id)
         if not run.inbox.poked:
@@ -151,6 +159,11 @@ def _next_step(run: DrivenRun, drive: Drive) -> _Step:
     run.opening = None
     step.note(run, opening_events)
     for item in run.inbox.take():
+        if isinstance(item, Said):
+            if not state.status.is_terminal:
+                step.note(run, said_events(item, step.append))
+                count_models(item, drive.metrics)
+            continue  # no progress yet: the call may still take the process down
         step.append.is_progress = True
         if run.takes:
             run.takes = 0
@@ -159,20 +172,32 @@ def _next_step(run: DrivenRun, drive: Drive) -> _Step:
             failpoints.hit("signal.before_apply")
             step.note(run, consume_signal(run, item, step.append))
             drive.metrics.signals[item.kind] += step.append.signals[-1][1] == "applied"
-        elif not state.status.is_terminal:  # what comes after a cancel is not recorded any more
+        elif state.status.is_terminal:
+            continue  # what comes after a cancel is not recorded any more
+        elif isinstance(item, Planned):
+            timed = drive.limits.latency_record
+            step.note(run, planned_events(run, item, step.append, timed=timed))
+        else:
             failpoints.hit("outcome.before_judged")
             step.note(run, outcome_events(run, item, step.append))
             _measure(run, item, drive.metrics)
     if state.status is RunStatus.RUNNING and not drive.is_leaving:
-        if state.plan is None:
-            image = drive.image(run.tenant_id)
-            timed = drive.limits.latency_record
-            step.note(run, make_plan(run, image, drive.plan_limits, step.append, timed=timed))
+        if state.plan is None and PLANNING not in run.calls:
+            _plan(run, drive, step)
         step.to_call += run.recall
         run.recall = []
         _decide(run, drive, step)
     _close(run, drive, step)
     return step
+
+
+def _plan(run: DrivenRun, drive: Drive, step: _Step) -> None:
+    """Plan at once, or let a model do it once this append is durable."""
+    if drive.planner is not None and drive.planner.takes(run):
+        step.to_plan = drive.planner
+        return
+    image, timed = drive.image(run.tenant_id), drive.limits.latency_record
+    step.note(run, make_plan(run, image, drive.plan_limits, step.append, timed=timed))
 
 
 def _measure(run: DrivenRun, outcome: Outcome, metrics: Metrics) -> None:

@@ -22,7 +22,7 @@ from app.domain.signals import Signal, apply_signal
 from app.journal.record import Append
 from app.kit.clock import now_ms, rfc3339
 from app.kit.json_pointer import PointerMissing, resolve
-from app.orchestrator.run import DrivenRun, Outcome
+from app.orchestrator.run import DrivenRun, Outcome, Planned, Said
 from app.planner.plan_envelope import PlanLimits, plan_envelope
 from app.ports import Refused, Transition, TransitionKind
 from app.registry.image import RegistryImage
@@ -47,6 +47,11 @@ def outcome_events(run: DrivenRun, outcome: Outcome, append: Append) -> list[Eve
     data["duration_ms"] = outcome.duration_ms
     done = Event(EventType.NODE_DONE, data, node_id=node_id, attempt=node.attempt)
     return [*outcome.emitted, *announced, done]
+
+
+def said_events(said: Said, append: Append) -> list[Event]:
+    """The events of a call that is still under way."""
+    return [*(announcement(transition, append) for transition in said.transitions), *said.events]
 
 
 _ANNOUNCED_AS = {
@@ -128,6 +133,15 @@ def make_plan(
     planning_ms = (time.perf_counter() - started) * 1000 if timed else None
     adopt_plan(run, plan, append)
     return [requested, plan_generated(plan, planning_ms)]
+
+
+def planned_events(run: DrivenRun, planned: Planned, append: Append, *, timed: bool) -> list[Event]:
+    """What planning by a model came to; the handshake before it is in the journal already."""
+    if planned.plan is None:
+        assert planned.rejected is not None
+        return [run_failed("plan_rejected", planned.rejected.detail)]
+    adopt_plan(run, planned.plan, append)
+    return [plan_generated(planned.plan, planned.planning_ms if timed else None)]
 
 
 def adopt_plan(run: DrivenRun, plan: Plan, append: Append) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
+from app.domain.budget import Account
 from app.domain.contract import Contract
 from app.domain.decide import Failure, RunLimits
 from app.domain.envelope import Envelope
+from app.domain.errors import PlanRejected
 from app.domain.events import Event
 from app.domain.plan import Plan
 from app.domain.signals import Signal
@@ -36,17 +38,40 @@ class Outcome:
     transitions: tuple[Transition, ...] = ()
 
 
+@dataclass(slots=True)
+class Said:
+    """What a call under way has to tell the journal before it ends: it asks a model, say."""
+
+    events: tuple[Event, ...] = ()
+    transitions: tuple[Transition, ...] = ()
+
+
+@dataclass(slots=True)
+class Planned:
+    """What planning by a model came to: a plan, or why there is none."""
+
+    plan: Plan | None
+    planning_ms: float
+    rejected: PlanRejected | None = None
+
+
+Item = Outcome | Signal | Said | Planned
+
+PLANNING = ""
+"""The key of planning among the calls of a run: no node has it."""
+
+
 class Inbox:
     """What has arrived for a run since its loop last looked. One reader, the loop."""
 
     __slots__ = ("_items", "_waiter", "poked")
 
     def __init__(self) -> None:
-        self._items: list[Outcome | Signal] = []
+        self._items: list[Item] = []
         self._waiter: asyncio.Future[None] | None = None
         self.poked = False
 
-    def put(self, item: Outcome | Signal) -> None:
+    def put(self, item: Item) -> None:
         self._items.append(item)
         self.poke()
 
@@ -56,7 +81,7 @@ class Inbox:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def take(self) -> list[Outcome | Signal]:
+    def take(self) -> list[Item]:
         """Everything that arrived, in order."""
         items, self._items = self._items, []
         self.poked = False
@@ -107,12 +132,19 @@ class DrivenRun:
     snapshot_seq: int = 0
     takes: int = 0
     received: set[UUID] = field(default_factory=set)
+    account: Account | None = None
 
     def receive(self, signal: Signal) -> None:
         """Put a signal into the inbox, once: it is found again until it is consumed."""
         if signal.signal_id not in self.received:
             self.received.add(signal.signal_id)
             self.inbox.put(signal)
+
+    def budget(self) -> Account:
+        """What the run may spend on models: one account for all of its nodes."""
+        if self.account is None:
+            self.account = Account(self.envelope.constraints.budget, replace(self.state.spent))
+        return self.account
 
     def refuse(self, error: Exception) -> None:
         """Tell whoever waits for the first append why it will not come."""

@@ -112,6 +112,16 @@ def assemble(
     return _within(task, found, limits)
 
 
+def inputs_at_hand(envelope: Envelope, image: RegistryImage) -> frozenset[str]:
+    """The facets that the inputs give."""
+    return frozenset(_at_hand(envelope.inputs, image)[0])
+
+
+def goals_of(envelope: Envelope, image: RegistryImage, output: Contract) -> list[str]:
+    """The facets that are asked for, as far as the output names any."""
+    return _goals(output, envelope.inputs, image, [])
+
+
 def _at_hand(inputs: Mapping[str, Any], image: RegistryImage) -> tuple[dict[str, str], list[Fault]]:
     """The facets that the inputs give, each with its key; and what is wrong with the others."""
     at_hand: dict[str, str] = {}

@@ -39,19 +39,25 @@ def plan_envelope(
     `verify`, of `assemble` and of `output_contract_of`.
     """
     output = output_contract_of(envelope, image)
-    topology = envelope.policies.planner.topology
-    if topology.max_depth is not None or topology.max_nodes is not None:
-        limits = PlanLimits(
-            min(limits.nodes_max, topology.max_nodes or limits.nodes_max),
-            limits.edges_max,
-            min(limits.depth_max, topology.max_depth or limits.depth_max),
-        )
+    limits = limits_of(envelope, limits)
     if envelope.goal_graph is not None:
         draft = draft_goal_graph(envelope.goal_graph)
     else:
         draft = assemble(envelope, image, output, limits)
     return verify(
         draft, envelope, image, output, run_id=run_id, created_at=created_at, limits=limits
+    )
+
+
+def limits_of(envelope: Envelope, limits: PlanLimits) -> PlanLimits:
+    """The bounds of a plan, tighter where the envelope asks for it."""
+    topology = envelope.policies.planner.topology
+    if topology.max_depth is None and topology.max_nodes is None:
+        return limits
+    return PlanLimits(
+        min(limits.nodes_max, topology.max_nodes or limits.nodes_max),
+        limits.edges_max,
+        min(limits.depth_max, topology.max_depth or limits.depth_max),
     )
 
 

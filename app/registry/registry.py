@@ -83,6 +83,13 @@ class Registry:
         """The catalog by name. No I/O."""
         return self._of(tenant_id).facets
 
+    def facets_of(self, capability_id: str) -> dict[str, list[str]]:
+        """The facets that the newest version of a capability reads and makes. No I/O."""
+        found = self._of(DEFAULT_TENANT).image.newest(capability_id)
+        if found is None:
+            return {"input": [], "output": []}
+        return {"input": list(found.input.facets), "output": list(found.output.facets)}
+
     async def start(self) -> None:
         """Load, then look after refresh and expiry until `close`. Raises `Unavailable`."""
         await self.refresh()

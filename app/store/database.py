@@ -70,9 +70,10 @@ async def connect(dsn: str) -> HotConnection:
 class Database:
     """The engine of this process, for all statements that are not hot."""
 
-    def __init__(self, dsn: str, engine: AsyncEngine) -> None:
+    def __init__(self, dsn: str, engine: AsyncEngine, relaxed: AsyncEngine) -> None:
         self.dsn = dsn
         self.engine = engine
+        self._relaxed = relaxed
 
     @classmethod
     async def open(cls, dsn: str) -> Database:
@@ -98,10 +99,24 @@ class Database:
                 "command_timeout": 10,
             },
         )
-        return cls(dsn, engine)
+        relaxed = create_async_engine(
+            sqlalchemy_url(dsn),
+            pool_size=2,
+            max_overflow=2,
+            pool_timeout=2,
+            isolation_level="AUTOCOMMIT",
+            hide_parameters=True,
+            connect_args={
+                "server_settings": {**SESSION_SETTINGS, "synchronous_commit": "off"},
+                "timeout": 5,
+                "command_timeout": 10,
+            },
+        )
+        return cls(dsn, engine, relaxed)
 
     async def close(self) -> None:
         await self.engine.dispose()
+        await self._relaxed.dispose()
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
@@ -113,6 +128,14 @@ class Database:
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
         """A short transaction; commits at the end of the block."""
         async with _translated(), self.engine.begin() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def relaxed(self) -> AsyncIterator[AsyncConnection]:
+        """A connection whose statements commit one by one, and wait for no disk: one round trip
+        each, and a crash of the server may take the last ones back. Only for what can be had anew.
+        """
+        async with _translated(), self._relaxed.connect() as connection:
             yield connection
 
 

@@ -114,6 +114,12 @@ class EventReader:
             rows = (await connection.execute(statement)).all()
         return [EventRow(*row) for row in rows]
 
+    async def traceparents(self, run_ids: list[UUID]) -> dict[UUID, str]:
+        """The W3C trace context that each run was accepted with."""
+        statement = select(runs.c.run_id, runs.c.traceparent).where(runs.c.run_id.in_(run_ids))
+        async with self._database.read() as connection:
+            return {row.run_id: row.traceparent for row in await connection.execute(statement)}
+
     async def head_seqs(self, run_ids: list[UUID]) -> dict[UUID, int]:
         """The last durable seq of each run that exists."""
         statement = select(run_heads.c.run_id, run_heads.c.seq).where(

@@ -145,6 +145,18 @@ breaker_transitions = Table(
     Column("announced_at", DateTime(timezone=True), nullable=False),
 )
 
+llm_answers = Table(
+    "llm_answers",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("cache_key", Text, primary_key=True),
+    Column("body", LargeBinary),  # null while somebody makes the call, who is
+    Column("owner", Text),
+    Column("lease_until", DateTime(timezone=True)),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("last_used_day", Date, nullable=False),
+)
+
 capabilities = Table(
     "capabilities",
     metadata,

@@ -7,6 +7,7 @@ Every bash block has a comment in front of it that says how it is tested:
     run      run by bash; what it prints must hold every `expect` and no `refuse`
     service  starts the service: the fixture has started one
     tool     starts the tool server, which stays up for the blocks that follow
+    models   starts the service with models at hand: that of the fixture has them
     make     targets of the Makefile, which are run elsewhere
     parse    read by bash and not run (`tests/unit/test_docs.py` checks the arguments)
 
@@ -31,13 +32,27 @@ import httpx
 import orjson
 import pytest
 
+from tests.model_server import running_model_server
 from tests.process import service_process
 from tests.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(?:<!-- test: (.*?) -->\n)?```bash\n(.*?)```", re.DOTALL)
 BLOCK_S = 30.0
-KINDS = {"run", "service", "tool", "make", "parse"}
+KINDS = {"run", "service", "tool", "models", "make", "parse"}
+HEADLINE = '{"headline": "Orders are in the warehouse within 5 seconds"}'
+DRAFT = {
+    "stages": [
+        {"stage": name, "capability": capability}
+        for name, capability in (
+            ("outline", "document.outline"),
+            ("points", "document.key_points"),
+            ("facts", "document.facts"),
+            ("compose", "brief.compose"),
+            ("check", "brief.check"),
+        )
+    ]
+}
 
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("bash", "curl", "sed"))), reason="the README needs bash, curl, sed"
@@ -90,6 +105,7 @@ class Terminal:
             "FLEXRUN_URL": self.url,
             "DATABASE_URL": self.dsn,
             "FLEXRUN_ALLOW_UNSAFE_POSTGRES": "true",
+            "FLEXRUN_MODELS_FILE": str(ROOT / "models.yaml"),
         }
 
     def prepare(self) -> None:
@@ -160,8 +176,20 @@ async def _answers(port: int) -> bool:
 
 
 @pytest.fixture
-async def terminal(dsn: str, tmp_path: Path) -> AsyncIterator[Terminal]:
-    async with service_process(dsn) as service:
+async def terminal(
+    dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Terminal]:
+    async with running_model_server() as models:
+        models.say(HEADLINE, orjson.dumps(DRAFT).decode())
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{models.url}/v1")
+        async with _terminal(dsn, tmp_path) as terminal:
+            yield terminal
+
+
+@asynccontextmanager
+async def _terminal(dsn: str, tmp_path: Path) -> AsyncIterator[Terminal]:
+    async with service_process(dsn, models_file=str(ROOT / "models.yaml")) as service:
         assert service.url is not None, "\n".join(service.lines)
         terminal = Terminal(tmp_path, service.url, dsn, free_port())
         terminal.prepare()
@@ -209,6 +237,11 @@ def test_the_service_is_started_as_the_fixture_does() -> None:
 
     assert len(started) == 1
     assert started[0].endswith("FLEXRUN_EGRESS_ALLOW=127.0.0.1 flexrun serve\n")
+
+    [models] = [block.body for block in blocks_of("README.md") if block.kind == "models"]
+    variables = re.findall(r"export (\w+)=", models)
+    assert variables == ["OPENAI_API_KEY", "OPENAI_BASE_URL"]
+    assert models.endswith("FLEXRUN_EGRESS_ALLOW=127.0.0.1 flexrun serve\n")
 
 
 async def test_the_commands_of_the_readme_do_what_it_says(terminal: Terminal) -> None:

@@ -8,8 +8,8 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.api.metrics import call_durations, event_families, histogram, render
-from app.domain.events import EventType
+from app.api.metrics import call_durations, event_families, histogram, model_families, render
+from app.domain.events import Event, EventType
 from app.kit import metrics
 from app.kit.metrics import (
     OTHER,
@@ -20,6 +20,8 @@ from app.kit.metrics import (
     Metrics,
     watched_loop,
 )
+from app.orchestrator.ask import count_models
+from app.orchestrator.run import Said
 
 
 def samples(text: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -91,6 +93,32 @@ def test_every_word_of_an_event_family_is_there_from_the_start() -> None:
     assert found[("flexrun_runs_finished_total", frozenset({("status", "done")}))] == 3
     assert sum(found.values()) == 3
     assert len(found) == 3 + 5 + 1
+
+
+def test_calls_of_models_are_counted_by_provider() -> None:
+    def ended(outcome: str, cost: str) -> Event:
+        data = {"provider": "near", "outcome": outcome, "duration_ms": 250.0, "cost_usd": cost}
+        return Event(EventType.LLM_RESPONSE, {**data, "tokens_in": 12, "tokens_out": 5})
+
+    counted = Metrics()
+    chosen = Event(EventType.MODEL_SELECTED, {"reason": "fallback"})
+    for events in ((chosen, ended("ok", "0.1")), (ended("timeout", "0.2"),), (ended("ok", "0"),)):
+        count_models(Said(events), counted)
+    found = samples(render(model_families(counted, ["far", "near"])))
+
+    def value(name: str, **labels: str) -> float:
+        return found[f"flexrun_{name}", frozenset(labels.items())]
+
+    assert value("llm_calls_total", provider="near", outcome="ok") == 2
+    assert value("llm_calls_total", provider="near", outcome="timeout") == 1
+    assert value("llm_calls_total", provider="far", outcome="ok") == 0
+    assert value("llm_tokens_total", provider="near", direction="in") == 36
+    assert value("llm_tokens_total", provider="near", direction="out") == 15
+    assert value("llm_cost_usd_total", provider="near") == 0.3
+    assert value("llm_duration_seconds_sum", provider="near") == 0.75
+    assert value("llm_duration_seconds_count", provider="far") == 0
+    assert value("model_selections_total", reason="fallback") == 1
+    assert value("model_selections_total", reason="preferred") == 0
 
 
 async def test_a_loop_that_is_held_up_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

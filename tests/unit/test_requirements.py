@@ -53,11 +53,14 @@ def imported(*folders: str) -> set[str]:
                 modules |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 modules.add(node.module.partition(".")[0])
-    owners = packages_distributions()
-    return {
-        normal(owners.get(module, [module])[0])
-        for module in modules - OURS - sys.stdlib_module_names
-    }
+    return {owner_of(module) for module in modules - OURS - sys.stdlib_module_names}
+
+
+def owner_of(module: str) -> str:
+    """The distribution of a module; of those that share a namespace one that is asked for."""
+    owners = [normal(name) for name in packages_distributions().get(module, [module])]
+    asked = asked_for(RUNTIME) | asked_for(DEV)
+    return next((name for name in owners if name in asked), owners[0])
 
 
 def test_the_service_asks_for_all_that_it_imports() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from app.orchestrator.execute import Slots
 from app.orchestrator.run import DrivenRun, Inbox
+from app.orchestrator.slots import Slots
 from tests.plans import plan_node
 
 

@@ -25,7 +25,7 @@ from app.domain.capability import Capability, CapabilityKind, Cost, Effect, Node
 from app.domain.contract import ContractSpec
 from app.domain.errors import Fault
 from app.domain.facet import Facet
-from app.ports import Call, CallFailed
+from app.ports import Call, CallFailed, CallRefused
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,8 @@ class BuiltinAdapter:
         return
 
     async def invoke(self, call: Call) -> dict[str, Any]:
-        """Run the function; raises `CallFailed` with the function's own or `capability_error`."""
+        """Run the function; raises `CallFailed` with the function's own or `capability_error`, and
+        `CallRefused`."""
         builtin = self._builtins.get(call.capability.key)
         if builtin is None:
             raise CallFailed(
@@ -187,7 +188,7 @@ class BuiltinAdapter:
             )
         try:
             output = await _run(builtin, call)
-        except CallFailed:
+        except (CallFailed, CallRefused):
             raise
         except Exception as error:
             # The text of an unforeseen exception may carry data of the run: it goes to the log of

@@ -13,14 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import orjson
 
-from app.adapters.capabilities.egress import EgressPolicy, EgressRefused
+from app.adapters.capabilities.egress import EgressRefused
 from app.adapters.capabilities.egress_transport import (
     FRESH_CONNECTION,
     EgressTransport,
@@ -37,8 +35,8 @@ from app.adapters.capabilities.http_outcome import (
     status_failure,
     timed_out,
 )
-from app.adapters.capabilities.secrets import SecretRefused, SecretStore, redacted
-from app.adapters.capabilities.text_lines import word_set
+from app.adapters.capabilities.http_target import Target, TargetRules, as_faults, host_scope
+from app.adapters.capabilities.secrets import SecretStore, redacted
 from app.domain.capability import Capability, Effect
 from app.domain.errors import Fault
 from app.kit.json_gate import JsonRefused, parse_json
@@ -47,26 +45,8 @@ from app.ports import Call, CallFailed
 RESPONSE_BYTES_MAX = 2 * 1024 * 1024
 CONNECT_TIMEOUT_S = 10.0
 DETAIL_TIMEOUT_S = 2.0
-HEADERS_MAX = 30
 
-_HEADER_NAME = re.compile(r"^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}$")
-_HEADER_VALUE = re.compile(r"^[\x20-\x7e\t]{0,4000}$")
 _JSON_TYPE = re.compile(r"^application/(?:json|[a-z0-9!#$&^_.-]{1,100}\+json)$")
-# Set by this adapter or by the transport; a registration must not take them over.
-_OWN_HEADERS = word_set(
-    """accept accept-encoding connection content-encoding content-length content-type expect host
-    idempotency-key keep-alive proxy-authorization proxy-connection te traceparent tracestate
-    trailer transfer-encoding upgrade"""
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """A checked config: where to send, with which headers; `secrets` are the values among them."""
-
-    url: httpx.URL
-    headers: dict[str, str]
-    secrets: tuple[str, ...]
 
 
 class HttpAdapter:
@@ -84,8 +64,7 @@ class HttpAdapter:
         response_bytes_max: int = RESPONSE_BYTES_MAX,
     ) -> None:
         self._transport = transport
-        self._policy: EgressPolicy = transport.policy
-        self._secrets = secrets or SecretStore()
+        self._rules = TargetRules("http", transport.policy, secrets or SecretStore())
         self._response_bytes_max = response_bytes_max
 
     async def aclose(self) -> None:
@@ -97,11 +76,7 @@ class HttpAdapter:
 
         Names are not resolved here: what they stand for is judged at every connection.
         """
-        config = capability.registration.config
-        return [
-            Fault(code, message, "/config" + pointer, capability_id=capability.capability_id)
-            for code, message, pointer in self._config_faults(config)
-        ]
+        return as_faults(self._rules.faults(capability.registration.config), capability)
 
     def inline(self, capability: Capability) -> None:
         """Never: every call waits for the network."""
@@ -109,14 +84,11 @@ class HttpAdapter:
 
     def breaker_scope(self, capability: Capability, tenant_id: str) -> str | None:
         """`tool::host[:port]`; with the tenant where the credentials are the tenant's own."""
-        config = capability.registration.config
-        url = httpx.URL(config["url"])
-        scope = f"{capability.capability_id}::{url.netloc.decode('ascii')}"
-        return f"{scope}::{tenant_id}" if config.get("headers") else scope
+        return host_scope(capability, tenant_id)
 
     async def invoke(self, call: Call) -> dict[str, Any]:
         """The output of one exchange; raises `CallFailed` as `http_outcome` tells."""
-        target = self._target(call.capability)
+        target = self._rules.target(call.capability.registration.config)
         progress = SendProgress()
         failed: CallFailed | None = None
         request = _request(call, target, progress)
@@ -142,74 +114,8 @@ class HttpAdapter:
             raise _garbage(call, f"can not be read: {error}") from error
         return _output(call, response, body, target.secrets)
 
-    def _target(self, capability: Capability) -> _Target:
-        """The target of a config that `check` passed; settings may have changed since."""
-        config = capability.registration.config
-        for code, message, _pointer in self._config_faults(config):
-            is_target = code in EgressRefused.CODES
-            shown = "egress_refused" if is_target else "capability_misconfigured"
-            raise CallFailed(shown, message, retryable=False, target_failed=None)
-        url = self._policy.check_url(config["url"])
-        headers = dict(config.get("headers", {}))
-        values = {
-            header: self._secrets.value_for(name, url)
-            for header, name in config.get("secret_headers", {}).items()
-        }
-        return _Target(url, {**headers, **values}, tuple(values.values()))
 
-    def _config_faults(self, config: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-        """Code, message and pointer (in the config) of everything that is wrong."""
-        for name in config.keys() - {"url", "headers", "secret_headers"}:
-            yield "config_unexpected", f"an http capability takes no {name!r}", f"/{name}"
-        address = config.get("url")
-        if not isinstance(address, str):
-            yield "config_invalid", "an http capability needs a url", "/url"
-            return
-        try:
-            url = self._policy.check_url(address)
-        except EgressRefused as error:
-            yield error.code, error.message, "/url"
-            return
-        yield from _header_faults(config, "headers")
-        yield from _header_faults(config, "secret_headers")
-        yield from self._secret_faults(config, url)
-
-    def _secret_faults(
-        self, config: dict[str, Any], url: httpx.URL
-    ) -> Iterator[tuple[str, str, str]]:
-        secrets = config.get("secret_headers", {})
-        if not isinstance(secrets, dict) or not secrets:
-            return
-        if url.scheme != "https" and not self._policy.allows_host(url.raw_host.decode("ascii")):
-            text = "secrets are sent over https only"
-            yield "secret_refused", text, "/secret_headers"
-        plain = config.get("headers")
-        both = {name.lower() for name in plain} if isinstance(plain, dict) else set()
-        for header, name in secrets.items():
-            pointer = f"/secret_headers/{header}"
-            if header.lower() in both:
-                yield "config_invalid", f"header {header!r} is given twice", pointer
-            try:
-                self._secrets.value_for(str(name), url)
-            except SecretRefused as error:
-                yield "secret_refused", str(error), pointer
-
-
-def _header_faults(config: dict[str, Any], part: str) -> Iterator[tuple[str, str, str]]:
-    headers = config.get(part, {})
-    if not isinstance(headers, dict) or len(headers) > HEADERS_MAX:
-        text = f"{part} must be an object of at most {HEADERS_MAX} names"
-        yield "config_invalid", text, f"/{part}"
-        return
-    for name, value in headers.items():
-        pointer = f"/{part}/{name}"
-        if not _HEADER_NAME.match(name) or name.lower() in _OWN_HEADERS:
-            yield "config_invalid", f"header {name!r} can not be set", pointer
-        elif not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
-            yield "config_invalid", f"header {name!r} needs a printable ASCII text", pointer
-
-
-def _request(call: Call, target: _Target, progress: SendProgress) -> httpx.Request:
+def _request(call: Call, target: Target, progress: SendProgress) -> httpx.Request:
     try:
         body = orjson.dumps(
             {

@@ -21,18 +21,17 @@ may give a better answer; an `at_most_once` node fails, since its result is lost
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
 import orjson
 
 from app.adapters.capabilities.egress import EgressRefused
+from app.kit.retry_after import retry_after_s
 from app.ports import CallFailed
 
 DETAIL_CHARS_MAX = 300
 DETAIL_BYTES_MAX = 16_384
-RETRY_AFTER_S_MAX = 86_400.0
 
 
 def refused_target(error: EgressRefused) -> CallFailed:
@@ -55,10 +54,24 @@ def broken_off(error: httpx.HTTPError, *, sent: bool) -> CallFailed:
     """The transport failed; the library's own text stays out of the message."""
     if isinstance(error, httpx.TimeoutException):
         if not sent:
-            return _unreachable("no connection in time")
+            return unreachable("no connection in time")
         return timed_out(sent=True)
-    if not sent:
-        return _unreachable("no connection could be made")
+    return connection_lost() if sent else unreachable("no connection could be made")
+
+
+def unreachable(why: str, *, retry_after_s: float | None = None) -> CallFailed:
+    """Nothing was sent, because nobody was there to take it."""
+    return CallFailed(
+        "capability_unreachable",
+        why,
+        retryable=True,
+        retry_after_s=retry_after_s,
+        target_failed=True,
+    )
+
+
+def connection_lost() -> CallFailed:
+    """The far side went away with the request: nobody knows what it did."""
     return CallFailed(
         "capability_connection_lost",
         "the connection broke before the answer was complete",
@@ -116,21 +129,3 @@ def plain_line(text: str) -> str:
     """One printable line of at most 300 characters."""
     shown = "".join(char if char.isprintable() else " " for char in text[: 4 * DETAIL_CHARS_MAX])
     return " ".join(shown.split())[:DETAIL_CHARS_MAX]
-
-
-def retry_after_s(value: str, now: datetime) -> float | None:
-    """Seconds of a Retry-After header, a number or a date, 0 to one day; None when unreadable."""
-    value = value.strip()
-    if value.isdecimal() and len(value) < 12:
-        return min(float(value), RETRY_AFTER_S_MAX)
-    try:
-        at = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    if at.tzinfo is None:
-        at = at.replace(tzinfo=UTC)
-    return min(max((at - now).total_seconds(), 0.0), RETRY_AFTER_S_MAX)
-
-
-def _unreachable(why: str) -> CallFailed:
-    return CallFailed("capability_unreachable", why, retryable=True, target_failed=True)

@@ -1,0 +1,141 @@
+"""The tracer alone: what it keeps, what it reads again, and what it gives up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from uuid import UUID
+
+import pytest
+
+from app.bootstrap import Services
+from app.domain.events import Event, EventType
+from app.journal import tracer as module
+from app.journal.frames import Frame, encode_body, frame_of
+from app.journal.tracer import TraceLimits, Tracer
+from app.kit.ids import new_id
+from app.kit.metrics import Metrics
+from app.ports import RunTrace
+from tests.envelopes import diamond
+from tests.service import RunningService
+
+
+class Kept:
+    """An exporter that keeps what it is given, and may be held up."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.runs: list[RunTrace] = []
+        self.is_closed = False
+        self.go = threading.Event()
+        self.go.set()
+        self._fails = fails
+
+    def export(self, runs: Sequence[RunTrace]) -> bool:
+        self.go.wait(20)
+        if self._fails:
+            raise RuntimeError("broken")
+        self.runs += runs
+        return True
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def frame(seq: int, event_type: EventType, run_id: UUID) -> Frame:
+    event = Event(event_type, {}, seq=seq, ts=1_764_000_000_000 + seq)
+    body = encode_body(event, str(run_id), "a" * 32)
+    return frame_of(seq, event_type, None, event.level, body)
+
+
+async def journal_of(service: RunningService) -> tuple[UUID, list[Frame]]:
+    """A run that has ended, with its frames."""
+    run = await service.finished(diamond())
+    run_id = UUID(run["run_id"])
+    rows = await service.services.reader.page(run_id, 0, 100)
+    return run_id, [frame_of(r.seq, r.type, r.node_id, r.level, r.body.encode()) for r in rows]
+
+
+@pytest.mark.parametrize("kept_from", [0, 1, 5, 11])
+async def test_events_that_are_not_at_hand_are_read_from_the_journal(
+    service: RunningService, kept_from: int
+) -> None:
+    run_id, frames = await journal_of(service)
+    exporter, metrics = Kept(), Metrics()
+    tracer = Tracer(service.services.reader, exporter, metrics, TraceLimits())
+    for one in frames[kept_from:]:
+        tracer.publish(run_id, [one])
+    await tracer.aclose()
+    [run] = exporter.runs
+    assert [event.seq for event in run.events] == list(range(1, 13))
+    assert (run.run_id, run.told_seq) == (str(run_id), 0)
+    assert metrics.traced_runs["exported"] == 1
+    assert exporter.is_closed
+    assert (tracer._bytes, tracer._under_way) == (0, {})
+
+
+async def test_memory_that_is_short_costs_reading_and_no_trace(
+    service: RunningService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, frames = await journal_of(service)
+    monkeypatch.setattr(module, "BYTES_MAX", 1_000)
+    exporter = Kept()
+    tracer = Tracer(service.services.reader, exporter, Metrics(), TraceLimits())
+    for one in frames:
+        tracer.publish(run_id, [one])
+        assert tracer._bytes <= 1_000 + len(one.data)
+    await tracer.aclose()
+    assert [len(run.events) for run in exporter.runs] == [12]
+    assert tracer._bytes == 0
+
+
+async def test_runs_that_nobody_can_take_are_given_up_and_counted(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RUNS_WAITING_MAX", 3)
+    metrics = Metrics()
+    tracer = Tracer(services.reader, Kept(), metrics, TraceLimits())
+    for run_id in [new_id() for _ in range(5)]:
+        tracer.publish(run_id, [frame(1, EventType.RUN_DONE, run_id)])
+    assert metrics.traced_runs["dropped"] == 2
+    await tracer.aclose()
+    assert metrics.traced_runs["unsampled"] == 3  # no such runs in the database
+    assert tracer._bytes == 0
+
+
+async def test_runs_under_way_are_bounded_in_number(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RUNS_UNDER_WAY_MAX", 2)
+    tracer = Tracer(services.reader, Kept(), Metrics(), TraceLimits())
+    run_ids = [new_id() for _ in range(4)]
+    for run_id in run_ids:
+        tracer.publish(run_id, [frame(1, EventType.RUN_QUEUED, run_id)])
+    assert list(tracer._under_way) == run_ids[2:]
+    tracer.publish(run_ids[0], [])  # signals without an event
+    await tracer.aclose()
+
+
+async def test_an_exporter_that_breaks_does_not_end_the_tracer(service: RunningService) -> None:
+    run_id, frames = await journal_of(service)
+    metrics = Metrics()
+    tracer = Tracer(service.services.reader, Kept(fails=True), metrics, TraceLimits())
+    tracer.publish(run_id, frames)
+    await tracer.aclose()
+    assert metrics.traced_runs["failed"] == 1
+
+
+async def test_an_exporter_that_hangs_is_left_behind(
+    service: RunningService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEAVING_S", 0.2)
+    run_id, frames = await journal_of(service)
+    exporter, metrics = Kept(), Metrics()
+    exporter.go.clear()
+    tracer = Tracer(service.services.reader, exporter, metrics, TraceLimits())
+    tracer.publish(run_id, frames)
+    async with asyncio.timeout(10):
+        await tracer.aclose()
+    assert exporter.runs == []
+    assert exporter.is_closed
+    exporter.go.set()
