@@ -22,8 +22,9 @@ class Background:
         task.add_done_callback(self._ended)
 
     async def ended(self) -> None:
-        """Until all that is under way has ended."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Until all that is under way has ended. Who stops waiting for it stops none of it."""
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

@@ -112,7 +112,8 @@ async def test_it_opens_after_consecutive_failures_only(bench: Bench) -> None:
     before = now_ms()
     tripped = await trip(bench.breakers)
 
-    assert before <= tripped.generation <= now_ms()
+    # The clock may be that of Redis, which is another process.
+    assert before - 5 <= tripped.generation <= now_ms() + 5
     assert tripped == Transition(
         SCOPE, tripped.generation, TransitionKind.TRIPPED, COOLDOWN_S, bench.worker_id
     )
