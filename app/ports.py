@@ -22,6 +22,7 @@ from app.domain.chat import (
 )
 from app.domain.errors import Fault
 from app.domain.events import Event
+from app.kit.ids import span_id
 
 
 def _no_emit(event_type: str, data: dict[str, Any]) -> None:
@@ -73,10 +74,17 @@ class Call:
     inputs: Mapping[str, Any]
     deadline_ms: int
     capability: Capability
-    traceparent: str = ""
+    trace_id: str = ""
     emit: Callable[[str, dict[str, Any]], None] = field(default=_no_emit)
     complete: Callable[[Prompt], Awaitable[Completion]] = field(default=no_model)
     embed: Embed = field(default=no_embedding)
+
+    @property
+    def traceparent(self) -> str:
+        """The header of W3C Trace Context, "" outside of a trace. Made when it is asked for."""
+        if not self.trace_id:
+            return ""
+        return f"00-{self.trace_id}-{span_id(self.run_id, self.node_id, self.attempt)}-01"
 
 
 class CallFailed(Exception):

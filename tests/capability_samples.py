@@ -16,9 +16,13 @@ from app.domain.capability import (
 )
 from app.domain.contract import compile_contract
 from app.domain.facet import Facet
+from app.kit.ids import span_id
 from app.ports import Call
 
 ANY_OBJECT: dict[str, Any] = {"mode": "json_schema", "schema": {"type": "object"}}
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+TRACEPARENT = f"00-{TRACE_ID}-{span_id('run-1', 'A', 2)}-01"
+"""Of `call_of`."""
 LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -76,7 +80,7 @@ def call_of(capability: Capability, inputs: dict[str, Any], deadline_ms: int = 1
         inputs=inputs,
         deadline_ms=deadline_ms,
         capability=capability,
-        traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        trace_id=TRACE_ID,
     )
 
 

@@ -25,7 +25,6 @@ from app.domain.events import Event, EventType, Level
 from app.domain.plan import Bound, PlanNode
 from app.kit import failpoints
 from app.kit.background import Background
-from app.kit.ids import span_id
 from app.kit.json_gate import JsonRefused, check_value
 from app.kit.json_pointer import PointerMissing, resolve
 from app.llm.gateway import Gateway
@@ -124,7 +123,6 @@ class Executor:
         asking = None
         if self._gateway is not None:
             asking = Asking(self._gateway, run, node.id, state.attempt, node.timeout_s)
-        span = span_id(run.handle.text_id, node.id, state.attempt)
         return Call(
             run_id=run.handle.text_id,
             node_id=node.id,
@@ -135,7 +133,7 @@ class Executor:
             inputs=inputs,
             deadline_ms=int(node.timeout_s * 1000),
             capability=capability,
-            traceparent=f"00-{run.handle.trace_id}-{span}-01",
+            trace_id=run.handle.trace_id,
             emit=partial(_emit, emitted, node.id, state.attempt),
             complete=no_model if asking is None else asking.complete,
             embed=no_embedding if asking is None else asking.embed,

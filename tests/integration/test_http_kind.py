@@ -16,7 +16,7 @@ from app.adapters.capabilities.egress_transport import EgressTransport
 from app.adapters.capabilities.http import HttpAdapter
 from app.domain.capability import Effect
 from app.ports import CallFailed
-from tests.capability_samples import call_of, http_capability
+from tests.capability_samples import TRACEPARENT, call_of, http_capability
 from tests.far_side import Behaviour, Exchange, FarSide, answer, far_side, raw
 
 LIMIT = 50_000
@@ -75,7 +75,7 @@ async def test_the_request_and_a_good_answer(adapter: HttpAdapter, side: FarSide
         "content-type": "application/json",
         "content-length": str(len(exchange.body)),
         "idempotency-key": "run-1:A:1",
-        "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        "traceparent": TRACEPARENT,
         "x-team": "blue",
     }
 

@@ -10,7 +10,7 @@ from app.adapters.capabilities.mcp_import import registrations
 from app.adapters.capabilities.mcp_protocol import pin_of
 from app.domain.capability import Effect
 from app.version import VERSION
-from tests.capability_samples import call_of, compiled
+from tests.capability_samples import TRACEPARENT, call_of, compiled
 from tests.mcp_server import TOOLS
 from tests.mcp_sides import VALUE_MAX, Side, over_pipes, over_sockets
 
@@ -55,7 +55,7 @@ async def test_what_a_server_hears(side: Side) -> None:
     assert (called["name"], called["arguments"]) == ("add", {"a": 3, "b": 4})
     assert called["_meta"] == {
         "dev.flexrun/idempotency-key": "run-1:A:1",
-        "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        "traceparent": TRACEPARENT,
         **(MODERN_META if is_modern else {}),
     }
 
