@@ -224,6 +224,13 @@ def test_the_shortlist_has_who_could_have_a_part_in_it() -> None:
     assert len(listed(["place"], [])) == 3, "an output in words may need anybody"
 
 
+def test_who_makes_two_of_the_goals_is_listed_once() -> None:
+    image = image_of(capability("soil.both", ["place"], ["verdict", "price"]), JUDGE)
+    selection = asked().policies.planner.selection
+    found = shortlist(image, ["place"], ["verdict", "price"], selection)
+    assert [each.capability_id for each in found] == ["soil.both"]
+
+
 _names = st.text("ab .-_/ä", min_size=1, max_size=6)
 
 
