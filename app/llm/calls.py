@@ -161,6 +161,9 @@ class ModelCalls:
                 raise
             record.ended("ok", usage, cost, is_estimated=is_estimated)
             return reply, value
+        except (TimeoutError, LlmUnavailableError):
+            cost = Spent(calls=1)  # as whoever takes the run over folds it from the record
+            raise
         finally:
             asker.account.settle(held, cost)
 

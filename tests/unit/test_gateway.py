@@ -230,6 +230,16 @@ async def test_prompts_side_by_side_stay_within_the_budget(tmp_path: Path) -> No
     assert desk.account.spent.calls == 3
 
 
+async def test_a_call_without_an_answer_is_a_call_here_and_after_a_take_over(
+    tmp_path: Path,
+) -> None:
+    desk = Desk(tmp_path, [busy()], budget=Budget(calls=2))
+    with pytest.raises(PromptFailed) as failed:
+        await desk.gateway.complete(TEXT, desk.asker())
+    assert failed.value.code == "budget_exhausted"
+    assert len(desk.near.requests) == len(desk.outcomes()) == desk.account.spent.calls == 2
+
+
 @pytest.mark.parametrize("budget", [Budget(tokens=1_200), Budget(usd=Decimal("0.0005"))])
 async def test_what_a_call_could_cost_has_to_fit(budget: Budget, tmp_path: Path) -> None:
     desk = Desk(tmp_path, [answer("well", 900, 100)], budget=budget)
