@@ -184,7 +184,7 @@ class Settings(BaseSettings):
         1.0, ge=0, le=1, description="Share of the traces that is exported, chosen by trace id."
     )
     trace_cpu_max: float = Field(
-        0.05,
+        0.04,
         gt=0,
         le=1,
         description="Share of one core that exporting traces may take, for each exporter; runs "
@@ -193,6 +193,15 @@ class Settings(BaseSettings):
 
     # Instruments.
     log_events: bool = Field(False, description="Write a log line for every event of every run.")
+    log_generations: bool = Field(
+        False, description="Write a record to the log for every call of a model."
+    )
+    log_fallbacks: bool = Field(
+        False, description="Write a record to the log for every run: who gave what models should."
+    )
+    log_latencies: bool = Field(
+        False, description="Write a record to the log for every run: where its time went."
+    )
     latency_record: bool = Field(True, description="Keep planning and queue times of each run.")
     sweep_s: float = Field(5.0, gt=0, description="How often stale capabilities are looked for.")
     failpoint: str | None = Field(

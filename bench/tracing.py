@@ -1,30 +1,42 @@
 """What tracing costs: the same load without it, with a receiver, and with one that is no help.
 
-All services stand on one Postgres, each with a database of its own, and take the load in turn; who
-comes first changes from round to round. The receiver takes everything and reads nothing, so that
-it costs as little of this machine as a distant one.
+All services stand on one Postgres, each with a database of its own, and take the load in turn, a
+second or so each, again and again: a machine that is slow for a while is so for all of them. Who
+does not have the turn is stopped (SIGSTOP), so that what it has left to tell costs nobody else;
+each keeps the backlog that a lasting load leaves it. The receiver takes everything and reads
+nothing, so that it costs as little of this machine as a distant one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
+import re
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from bench import process
+from bench import client, process
 from bench.process import Running
 from bench.rig import Rig
 from bench.shapes import AT_ONCE, throughput
 from bench.stats import Goal, Ratio
 
-RUNS = 1_500
+RUNS = 300
+TURNS = 7
+SETTLE_S = 0.4
+"""At most so long before a slice: exporting comes in beats, which no slice should begin with."""
+FIT_S = 20.0
+"""How long a service that was stopped may take until it accepts runs: its lease may be over."""
+
 OFF = f"diamond, {AT_ONCE} at once, no tracing"
 OTLP = f"diamond, {AT_ONCE} at once, traced by OTLP"
 LANGFUSE = f"diamond, {AT_ONCE} at once, traced by Langfuse"
 HANGING = f"diamond, {AT_ONCE} at once, traced, the receiver hangs"
 DOWN = f"diamond, {AT_ONCE} at once, traced, nobody receives"
 CPU = "CPU of the service"
+TOLD = "share of the runs that are traced"
 RATIOS = (
     Ratio("runs/s, no tracing over OTLP", OFF, OTLP, Goal(1.1, 1.05)),
     Ratio("runs/s, no tracing over Langfuse", OFF, LANGFUSE, Goal(1.1, 1.05)),
@@ -40,38 +52,71 @@ RATIOS = (
 )
 NOBODY = "http://127.0.0.1:9"
 
-REST_S = 1.0
-IDLE_SHARE = 0.05
-
 Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
 async def tracing(rig: Rig) -> None:
-    """Every way once."""
+    """Every way in turn, `TURNS` times; each time counts as a round of its own."""
     if "tracing" not in rig.kept:
         rig.kept["tracing"] = await _services(rig)
     services: dict[str, Running] = rig.kept["tracing"]
     names = list(services)
-    turn = rig.kept["tracing_turn"] = rig.kept.get("tracing_turn", -1) + 1
-    for name in names[turn % len(names) :] + names[: turn % len(names)]:
-        rate, cpu_ms = await throughput(services[name], rig.count(RUNS, least=AT_ONCE))
-        rig.book.add(name, "runs/s", rate)
-        rig.book.add(f"{name}: {CPU}", "ms/run", cpu_ms)
-        await _at_rest(services[name])
+    for _ in range(rig.count(TURNS)):
+        for name in names:
+            await _slice(rig, name, services[name])
+        names.append(names.pop(0))  # nobody always comes behind the same one
 
 
-async def _at_rest(service: Running) -> None:
-    """Until the service has nothing left to tell: what it does then would cost the next one."""
-    used = service.cpu_s
+async def _slice(rig: Rig, name: str, service: Running) -> None:
+    """One turn of one service, which is awake for as long as it lasts."""
+    async with _awake(service):
+        await asyncio.sleep(random.uniform(0, SETTLE_S))
+        count = rig.count(RUNS, least=AT_ONCE)
+        before = await _exported(service)
+        rate, cpu_ms = await throughput(service, count)
+        told = await _exported(service) - before
+    rig.book.add(name, "runs/s", rate)
+    rig.book.add(f"{name}: {CPU}", "ms/run", cpu_ms)
+    if name in (OTLP, LANGFUSE):
+        rig.book.add(f"{name}: {TOLD}", "runs/run", told / count)
+
+
+async def _exported(service: Running) -> int:
+    """How many runs this service has told a receiver of."""
+    async with client.connected(service.port) as connection:
+        page = await connection.answer(client.request("GET", "/metrics"))
+    found = re.search(rb'^flexrun_traced_runs_total{outcome="exported"} (\d+)', page, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+@asynccontextmanager
+async def _awake(service: Running) -> AsyncIterator[None]:
+    """A service that was stopped goes on for the time of the block, once it is fit to."""
+    service.process.send_signal(signal.SIGCONT)
+    try:
+        await _fit(service)
+        yield
+    finally:
+        service.process.send_signal(signal.SIGSTOP)
+
+
+async def _fit(service: Running) -> None:
+    """Wait until the service has driven a run. Raises `Refused` when it does not within `FIT_S`."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + FIT_S
     while True:
-        await asyncio.sleep(REST_S)
-        before, used = used, service.cpu_s
-        if used - before < REST_S * IDLE_SHARE:
+        try:
+            await throughput(service, 1)
+        except client.Refused:
+            if loop.time() > until:
+                raise
+        else:
             return
+        await asyncio.sleep(0.1)
 
 
 async def _services(rig: Rig) -> dict[str, Running]:
-    """A service for every way, warmed up."""
+    """A service for every way, warmed up and stopped."""
     up = await rig.stack.enter_async_context(_receiver(_accept))
     hanging = await rig.stack.enter_async_context(_receiver(_never))
     keys = {"LANGFUSE_PUBLIC_KEY": "pk-lf-bench", "LANGFUSE_SECRET_KEY": "sk-lf-bench"}
@@ -87,6 +132,7 @@ async def _services(rig: Rig) -> dict[str, Running]:
         dsn = await rig.database(f"bench_tracing_{number}")
         found[name] = await rig.stack.enter_async_context(_service(dsn, settings))
         await throughput(found[name], AT_ONCE)
+        found[name].process.send_signal(signal.SIGSTOP)
     return found
 
 
@@ -97,6 +143,7 @@ async def _service(dsn: str, settings: dict[str, str]) -> AsyncIterator[Running]
     try:
         yield service
     finally:
+        service.process.send_signal(signal.SIGCONT)
         await service.stop()
 
 

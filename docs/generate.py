@@ -1,7 +1,8 @@
-"""Writes EVENTS.md, API.md and SETTINGS.md from the code: `python -m docs.generate`, in the root.
+"""Writes the generated pages from the code: `python -m docs.generate`, in the root.
 
-Each page has one source of truth: the shapes of events, the OpenAPI document of the app, the model
-of the settings. `tests/unit/test_docs.py` fails when a page is not what this would write.
+EVENTS.md is made of the shapes of events, API.md of the OpenAPI document of the app, RECORDS.md of
+the shapes of records (`docs/records.py`), SETTINGS.md of the model of the settings.
+`tests/unit/test_docs.py` fails when a page is not what this would write.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from app.api.errors import FaultShape, Problem
 from app.api.stream import HEARTBEAT_S
 from app.domain.event_shapes import EVENT_DATA, EventShape
 from app.domain.events import TERMINAL_EVENTS, Level
+from app.journal.deltas import JOIN_S
 from app.main import create_app
 from app.settings import Settings
 from docs.markdown import Schema, default_of, fields, first_line, page, table, type_of
 from docs.problem_codes import fault_codes, problem_codes
+from docs.records import records_page
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -42,6 +45,9 @@ def pages() -> dict[str, str]:
     return {
         "EVENTS.md": events_page(),
         "API.md": api_page(),
+        "RECORDS.md": records_page(
+            {name: variable_of(name, field) for name, field in Settings.model_fields.items()}
+        ),
         "SETTINGS.md": settings_page(),
     }
 
@@ -70,6 +76,7 @@ def events_page() -> str:
         "The stream of a run ends after its last event. Besides events it has control frames, "
         "which never carry an `id`, so that a client that reconnects always names a `seq`:",
         table(("frame", "when"), _CONTROL_FRAMES),
+        *_DELTAS,
         "## Types",
         table(
             ("type", "occurs when"),
@@ -99,8 +106,34 @@ _CONTROL_FRAMES = (
     ("`retry: 2000`", "first: reconnect after 2 s when the line breaks"),
     ("`: heartbeat`", f"a comment after {HEARTBEAT_S:.0f} s of silence"),
     ('`event: gap`, `data: {"from": …, "to": …}`', "these events were dropped by retention"),
+    (
+        '`event: delta`, `data: {"run_id", "node_id", "attempt", "call", "piece", "text"}`',
+        "a piece of what a call says while it is under way, see below",
+    ),
     ("`: draining`", "the process is leaving; the stream ends, reconnect"),
     ("`: the journal is out of reach, please wait`", "Postgres does not answer; it goes on"),
+)
+
+_DELTAS = (
+    "### Text while it is said",
+    "A stream shows what the calls of nodes say while they are under way: the answer of a model as "
+    "it comes, which is JSON where JSON was asked for, and what a capability says of itself. The "
+    "fields of a delta are those of [DeltaFrame](API.md#deltaframe). What is said within "
+    f"{JOIN_S * 1000:.0f} ms is one piece.",
+    "- Deltas are stored nowhere, and a JSON page has none. The text as a whole is in the result: "
+    "the `output` of NODE_DONE.\n"
+    "- `call` is that of LLM_REQUEST. Each try, and each repair of an answer, is another call and "
+    "another text: begin anew, and drop what a call that failed has said.\n"
+    "- All deltas of a call come before its LLM_RESPONSE, all of an attempt before its NODE_DONE.\n"
+    "- Pieces are numbered from 1. One that is missing was dropped: the client is slow, or came in "
+    "the middle. After a reconnect pieces can come again: pass over what was seen.\n"
+    "- A filter by `node` keeps those of its nodes. With a filter by `type` there are deltas only "
+    "if it names `delta`; for a filter by `level` they are INFO.\n"
+    "- A model streams only if a stream that takes deltas follows the run when its call begins. "
+    "Who comes later sees this call's text only if it is streamed already. Answers from the cache, "
+    "and planning, say nothing.\n"
+    "- Where another process drives the run, deltas reach the stream only with `REDIS_URL`, and "
+    "only as long as Redis is well. No run waits for them, or fails by them.",
 )
 
 

@@ -89,6 +89,21 @@ class ModelServer:
             await writer.drain()
         writer.write(b"0\r\n\r\n")
 
+    def speak_in_steps(self, steps: asyncio.Semaphore) -> Behaviour:
+        """A streamed answer, of which each step lets one piece through."""
+
+        async def behave(writer: asyncio.StreamWriter, exchange: Exchange) -> None:
+            stream = self._stream(exchange)
+            assert stream is not None
+            writer.write(_head(200, _media_type(exchange), "Transfer-Encoding: chunked"))
+            for piece in stream:
+                await steps.acquire()
+                writer.write(_chunk(piece))
+                await writer.drain()
+            writer.write(b"0\r\n\r\n")
+
+        return behave
+
     async def cut_off(self, writer: asyncio.StreamWriter, exchange: Exchange) -> None:
         """A stream that ends in good order, but before its end mark."""
         stream = self._stream(exchange)

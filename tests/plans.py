@@ -154,6 +154,22 @@ class Story:
             body = {"reason": SkipReason.RESUME, "output": {}}
             self.add(Event(EventType.NODE_SKIPPED, body, node_id=node_id))
 
+    def replan(self, plan: Plan) -> None:
+        """This plan version takes the place of the one in force."""
+        self.plan = plan
+        self.state.plans = {**self.state.plans, plan.version: plan}
+        self.add(Event(EventType.PLAN_GENERATED, {"version": plan.version}))
+
+    def reject_plan(self, *, is_final: bool = True) -> None:
+        """The planner has no plan, for now or for good."""
+        body = {"attempt": 1, "phase": "replan", "diagnostics": []}
+        self.add(Event(EventType.PLAN_REJECTED, body | ({"final": True} if is_final else {})))
+
+    def trigger(self, policy_id: str) -> None:
+        """A policy fires: the plan is to be made anew."""
+        body = {"policy_id": policy_id, "trigger": "on_node_failed", "action": "replan"}
+        self.add(Event(EventType.POLICY_TRIGGERED, body))
+
     def pause(self, status: RunStatus = RunStatus.AWAITING_HUMAN) -> None:
         self.add(Event(EventType.RUN_PAUSED, {"status": status, "reason": "unknown_outcome"}))
 

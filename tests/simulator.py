@@ -30,7 +30,6 @@ from app.domain.decide import (
     recover,
     unknown_outcome,
 )
-from app.domain.errors import Fault
 from app.domain.events import (
     TERMINAL_EVENTS,
     BlockReason,
@@ -39,86 +38,31 @@ from app.domain.events import (
     SkipReason,
     error_data,
 )
-from app.domain.plan import Plan, PlanNode
+from app.domain.plan import Plan
+from app.domain.plan_json import plan_as_dict, plan_from_dict
 from app.domain.ready import ready_set
 from app.domain.run import NodeStatus, RunStatus
 from app.domain.signals import Signal, SignalKind, apply_signal, uncertain_nodes
 from app.domain.snapshot import state_as_dict, state_from_dict
 from app.domain.state import CapabilityKey, RunState, apply
+from app.domain.triggers import triggered
 from app.journal.frames import decode_event, encode_body
-from tests.journal_rules import FINISHED, Call, Inheritance, Outside, Watch
-from tests.plans import RUN_ID, START_MS, exact, fold, key_of, plan_node, plan_of
+from tests.journal_rules import FINISHED, Call, Inheritance, Outside, Watch, is_kept
+from tests.plans import RUN_ID, START_MS, exact, fold, key_of
+from tests.scenarios import FAILURES, Scenario, next_plan, random_scenario
+
+__all__ = ["Scenario", "Simulation", "random_scenario"]
 
 TURNS_MAX = 2_000
 WAITS_FOR_HUMAN = (RunStatus.AWAITING_HUMAN, RunStatus.PAUSED)
-CONCURRENCY: dict[str, int | None] = {"free": None, "rare": 1, "scarce": 2}
-FAILURES = {
-    failure.code: failure
-    for failure in (
-        Failure("refused", "Connection refused.", retryable=True),
-        Failure("forbidden", "No.", retryable=False),
-        Failure("timeout", "Too late.", retryable=True, unknown_outcome=True),
-        Failure("strange", "What?", retryable=False, unknown_outcome=True),
-        Failure(
-            "invalid_output",
-            "The output breaks the contract.",
-            retryable=False,
-            faults=(Fault("TYPE", "no text", "/a"),),
-            scope="capability_output",
-        ),
-    )
-}
 
 
 @dataclass(frozen=True)
-class Scenario:
-    """A run and its troubles: `trouble` and `refusal` are chances of a call, others of a turn."""
+class Planning:
+    """A model makes the next plan. `kept` are the nodes that stay, as far as it was told."""
 
-    plan: Plan
-    seed: int
-    max_parallel: int = 16
-    deadline_ms: int | None = None
-    failures: tuple[str, ...] = tuple(FAILURES)
-    trouble: float = 0.3
-    crash: float = 0.05
-    foreign: float = 0.3
-    cancel: float = 0.0
-    pause: float = 0.0
-    refusal: float = 0.0
-    inherits: Inheritance | None = None
-
-
-def random_scenario(seed: int) -> Scenario:
-    """The scenario of a seed, of up to twelve nodes."""
-    rng = random.Random(seed)
-    nodes: list[PlanNode] = []
-    density = rng.random()
-    for index in range(rng.randint(1, 12)):
-        earlier = [node.id for node in nodes if rng.random() < density][:4]
-        capability = rng.choice(list(CONCURRENCY))
-        nodes.append(
-            plan_node(
-                f"n{index}",
-                *earlier,
-                effect=rng.choice(list(Effect)),
-                max_attempts=rng.randint(1, 3),
-                capability_id=capability,
-                concurrency=CONCURRENCY[capability],
-            )
-        )
-    return Scenario(
-        plan=plan_of(*nodes),
-        seed=seed,
-        max_parallel=rng.randint(1, 5),
-        deadline_ms=rng.choice([None, None, None, 50, 400, 2_000]),
-        failures=rng.choice([tuple(FAILURES), ("refused", "timeout"), ("timeout",)]),
-        trouble=rng.choice([0.0, 0.05, 0.2, 0.5, 0.9]),
-        crash=rng.choice([0.0, 0.05, 0.3]),
-        foreign=rng.choice([0.0, 0.5]),
-        cancel=rng.choice([0.0, 0.0, 0.05]),
-        pause=rng.choice([0.0, 0.1, 0.3]),
-        refusal=rng.choice([0.0, 0.0, 0.3]),
-    )
+    ends_at: int
+    kept: frozenset[str]
 
 
 class _Crash(Exception):
@@ -130,8 +74,6 @@ class Simulation:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        self.plan = scenario.plan
-        self.plans = {scenario.plan.version: scenario.plan}
         self.rng = random.Random(scenario.seed)
         self.seen: Counter[str] = Counter()
         self.outside = Outside()
@@ -139,6 +81,8 @@ class Simulation:
         self.crashes = 0
         self.orders_left = 4
         self.durable: list[bytes] = []
+        self.plan_rows = {1: _row_of(scenario.plan)}
+        self.snapshots: list[bytes] = []
         self.last_ts = 0
         self.signals: list[Signal] = []
         self.lives = 0
@@ -149,15 +93,23 @@ class Simulation:
     def _begin(self) -> None:
         """A new process: it knows nothing but the plan rows."""
         self.lives += 1
+        self.plans = {v: plan_from_dict(orjson.loads(row)) for v, row in self.plan_rows.items()}
         self.state = RunState(RUN_ID, self.plans)
         scenario = self.scenario
-        self.watch = Watch(self.plan, scenario.max_parallel, scenario.deadline_ms, self.seen)
-        self.snapshots: list[bytes] = []
+        bounds = (scenario.max_parallel, scenario.deadline_ms)
+        self.watch = Watch(self.plans, scenario.policies, *bounds, self.seen)
+        del self.snapshots[len(self.durable) :]
         self.calls: list[Call] = []
-        self.arrived: list[Call] = []
+        self.arrived: list[Call | Planning] = []
+        self.planning: Planning | None = None
         self.recall: list[str] = []
         self.opening: list[Event] = []
         self.foreign: Counter[CapabilityKey] = Counter()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force, or that of the caller."""
+        return self.state.plan or self.plans[1]
 
     # The loop
 
@@ -184,21 +136,28 @@ class Simulation:
     @property
     def _is_parked(self) -> bool:
         """Nobody drives the run: it waits for a human, and no call is under way."""
-        return self.state.status in WAITS_FOR_HUMAN and not self.calls and not self.arrived
+        is_idle = self.planning is None and not self.calls and not self.arrived
+        return self.state.status in WAITS_FOR_HUMAN and is_idle
 
     def _turn(self) -> int | None:
         """One pass of the loop: take, apply, decide, record, perform. Says when to wake."""
         step: list[Event] = []
         self._note(step, self.opening)
         self.opening = []
-        items: list[Call | Signal] = [*self.arrived, *self.signals]
+        items: list[Call | Planning | Signal] = [*self.arrived, *self.signals]
         self.arrived = []
         self.rng.shuffle(items)
         for item in items:
             if isinstance(item, Signal):
                 self._note(step, self._consume(item))
-            elif not self.state.status.is_terminal:
+            elif self.state.status.is_terminal:
+                continue
+            elif isinstance(item, Planning):
+                self._note(step, self._planned(item))
+            else:
                 self._note(step, self._outcome(item))
+        if not self.state.status.is_terminal:
+            self._note(step, triggered(self.scenario.policies, step, self.state))
         to_call, wake_at = self._decide(step)
         self._record(step)
         self.signals = []
@@ -211,7 +170,7 @@ class Simulation:
         if self.state.status is not RunStatus.RUNNING:
             return [], None
         if self.state.plan is None:
-            self._note(step, [self._plan_generated()])
+            self._note(step, [self._plan_generated(self.plan)])
         to_call, self.recall = self.recall, []
         free = self._free_slots()
         limits = RunLimits(self.scenario.max_parallel, self.scenario.deadline_ms, free)
@@ -223,6 +182,9 @@ class Simulation:
         ]
         if decision.complete:
             self._note(step, self._complete())
+        elif decision.plan and self._plan(step):
+            more, wake_at = self._decide(step)
+            return [*to_call, *more], wake_at
         return to_call, decision.wake_at
 
     def _note(self, step: list[Event], events: list[Event]) -> None:
@@ -233,10 +195,17 @@ class Simulation:
         step += events
 
     def _apply(self, event: Event) -> None:
-        """Fold one event, and take a snapshot behind it that must be the state itself."""
+        """Fold one event, and take a snapshot behind it that must be the state itself.
+
+        A life that reads what an earlier one wrote must come to the same snapshot, byte for byte.
+        """
         self.watch.apply(self.state, event)
-        self.snapshots.append(orjson.dumps(state_as_dict(self.state)))
-        restored = state_from_dict(RUN_ID, self.plans, orjson.loads(self.snapshots[-1]))
+        snapshot = orjson.dumps(state_as_dict(self.state))
+        if event.seq <= len(self.snapshots):
+            assert snapshot == self.snapshots[event.seq - 1]
+            return
+        self.snapshots.append(snapshot)
+        restored = state_from_dict(RUN_ID, self.plans, orjson.loads(snapshot))
         assert restored is not None
         assert exact(restored) == exact(self.state)
 
@@ -244,11 +213,19 @@ class Simulation:
         """Make the step durable; a crash keeps some prefix of it."""
         bodies = [encode_body(event, RUN_ID, "") for event in step]
         if self.rng.random() < self.scenario.crash:
-            self.durable += bodies[: self.rng.randint(0, len(bodies))]
+            self._keep(step, bodies, self.rng.randint(0, len(bodies)))
             self.seen["crash in the append"] += 1
             raise _Crash
-        self.durable += bodies
+        self._keep(step, bodies, len(bodies))
         self._crash_maybe("before the calls")
+
+    def _keep(self, step: list[Event], bodies: list[bytes], count: int) -> None:
+        """The first events of the append are durable, with the plans that they put into force."""
+        self.durable += bodies[:count]
+        for event in step[:count]:
+            if event.type is EventType.PLAN_GENERATED:
+                version = event.data["version"]
+                self.plan_rows[version] = _row_of(self.plans[version])
 
     def _crash_maybe(self, where: str) -> None:
         if not self.state.status.is_terminal and self.rng.random() < self.scenario.crash:
@@ -258,17 +235,25 @@ class Simulation:
     def _wait(self, wake_at: int | None) -> None:
         """Let time pass until outcomes arrive, a timer rings or another run gives slots back."""
         assert wake_at is None or wake_at > self.now, "the loop would spin"
-        if not self.calls and wake_at is None:
+        under_way = self._under_way()
+        if not under_way and wake_at is None:
             self._wait_for_slots()
             return
-        times = sorted(call.ends_at for call in self.calls)
+        times = sorted(item.ends_at for item in under_way)
+        if self.planning is not None:
+            times[:0] = [self.now] * 8  # a planner says how it comes along, and so wakes the loop
         if times:
             until = times[self.rng.randrange(len(times))]
             self.now = max(self.now, until if wake_at is None else min(until, wake_at))
         elif wake_at is not None:
             self.now = wake_at + self.rng.choice([0, 0, 7])
-        self.arrived = [call for call in self.calls if call.ends_at <= self.now]
+        self.arrived = [item for item in under_way if item.ends_at <= self.now]
         self.calls = [call for call in self.calls if call.ends_at > self.now]
+        if self.planning in self.arrived:
+            self.planning = None
+
+    def _under_way(self) -> list[Call | Planning]:
+        return [*self.calls, *([] if self.planning is None else [self.planning])]
 
     def _wait_for_slots(self) -> None:
         """Nothing of our own is under way: only slots that others hold may explain that."""
@@ -281,6 +266,56 @@ class Simulation:
 
     def _stuck(self, why: str) -> NoReturn:
         raise AssertionError(f"seed {self.scenario.seed} is stuck: {why}: {self.state}")
+
+    # Plans
+
+    def _plan(self, step: list[Event]) -> bool:
+        """Plan at once, or let a model do it, unless it does already. Whether it is done."""
+        if self.planning is not None:
+            return False
+        if self.rng.random() < 0.5:
+            ends_at = self.now + self.rng.choice([0, 10, 100])
+            self.planning = Planning(ends_at, self._kept())
+            return False
+        self._note(step, self._next_plan())
+        return True
+
+    def _planned(self, planning: Planning) -> list[Event]:
+        """What a model came to. It is dropped when an operator changed what it was made for."""
+        if planning.kept != self._kept():
+            self.seen["dropped a plan"] += 1
+            return []
+        return self._next_plan()
+
+    def _kept(self) -> frozenset[str]:
+        return frozenset(i for i, node in self.state.nodes.items() if is_kept(node))
+
+    def _next_plan(self) -> list[Event]:
+        """The next version takes the place of the one in force, or none is found."""
+        cause = {None: "next goal", "": "operator"}.get(self.state.replan, "policy")
+        attempt: dict[str, Any] = {"attempt": 1, "phase": "replan"}
+        events = [Event(EventType.PLAN_REQUESTED, attempt)]
+        if self.rng.random() < 0.3:
+            events.append(Event(EventType.PLAN_REJECTED, {**attempt, "diagnostics": []}))
+        if self.rng.random() < self.scenario.no_plan:
+            self.seen[f"no plan for {cause}"] += 1
+            final = {**attempt, "diagnostics": [], "final": True}
+            events.append(Event(EventType.PLAN_REJECTED, final))
+            if cause == "next goal":
+                error = error_data("plan_rejected", "There is no plan.")
+                failed = {"error": error, "failed_nodes": []}
+                events.append(Event(EventType.RUN_FAILED, failed))
+            return events
+        self.seen[f"replan by {cause}"] += 1
+        self.seen["replan of a pause"] += self.state.status is not RunStatus.RUNNING
+        plan = next_plan(self.state, self.rng)
+        self.plans[plan.version] = plan
+        updated = {"version": plan.version, "previous_version": self.plan.version}
+        return [*events, self._plan_generated(plan), Event(EventType.PLAN_UPDATED, updated)]
+
+    def _plan_generated(self, plan: Plan) -> Event:
+        data = {"version": plan.version, "planning_ms": 0.25}
+        return Event(EventType.PLAN_GENERATED, data, plan_version=plan.version)
 
     # Calls
 
@@ -354,6 +389,11 @@ class Simulation:
             assert event.data["error"]["code"] == "deadline_exceeded"
             self.seen["deadline"] += 1
             return
+        if self.state.replan is not None:
+            assert decision.events == []
+            assert decision.plan is not bool(self.state.running)
+            assert decision.wake_at == deadline
+            return
         started = [e.node_id or "" for e in decision.events if e.type is EventType.NODE_START]
         by_key = Counter(key_of(self.plan.nodes[node_id]) for node_id in started)
         for key, slots in free.items():
@@ -386,11 +426,12 @@ class Simulation:
         for kind, chance in (
             (SignalKind.CANCEL, self.scenario.cancel),
             (SignalKind.PAUSE, self.scenario.pause),
-            (SignalKind.RESUME, 0.05),
+            (SignalKind.RESUME, 0.05 if self.planning is None else 0.5),
         ):
             if self.rng.random() < chance:
+                nodes = self._decisions() if kind is SignalKind.RESUME else {}
                 for _ in range(self.rng.choice([1, 1, 2])):
-                    self._send(kind, paused_seq=self.state.paused_seq or 0)
+                    self._send(kind, nodes=nodes, paused_seq=self.state.paused_seq or 0)
 
     def _send(self, kind: SignalKind, **body: Any) -> None:
         signal_id = UUID(int=self.rng.getrandbits(128))
@@ -413,13 +454,7 @@ class Simulation:
         """What becomes of the nodes that wait; sometimes late, or about the wrong node."""
         assert self.state.paused_seq is not None
         paused_seq = self.state.paused_seq
-        nodes: dict[str, dict[str, Any]] = {}
-        for node_id in self.state.unknown_outcomes():
-            decision = self.rng.choice(["done", "retry", "fail", "nothing"])
-            if self.orders_left <= 0 and decision in ("retry", "nothing"):
-                decision = "done"
-            if decision != "nothing":
-                nodes[node_id] = {"decision": decision, "output": {"said": "so"}}
+        nodes = self._decisions()
         self.orders_left -= 1
         fault = self.rng.random()
         if fault < 0.05:
@@ -427,6 +462,16 @@ class Simulation:
         elif fault < 0.1:
             nodes[self.rng.choice(list(self.plan.nodes))] = {"decision": "retry"}
         self._send(SignalKind.RESUME, nodes=nodes, paused_seq=paused_seq)
+
+    def _decisions(self) -> dict[str, dict[str, Any]]:
+        nodes: dict[str, dict[str, Any]] = {}
+        for node_id in self.state.awaiting_human():
+            decision = self.rng.choice(["done", "retry", "fail", "nothing"])
+            if self.orders_left <= 0 and decision in ("retry", "nothing"):
+                decision = "done"
+            if decision != "nothing":
+                nodes[node_id] = {"decision": decision, "output": {"said": "so"}}
+        return nodes
 
     def _consume(self, signal: Signal) -> list[Event]:
         before = self.state.status
@@ -453,6 +498,7 @@ class Simulation:
         self.crashes += 1
         self.now += self.rng.choice([-40, 0, 10, 1_000])
         lost = self.state.running
+        self.seen["crash while a plan is made"] += self.planning is not None
         self._begin()
         self._replay()
         self.seen["recovered with calls under way"] += bool(lost)
@@ -484,7 +530,7 @@ class Simulation:
         error = error_data("unknown_outcome", "The earlier run does not know how the call ended.")
         skipped = {"reason": SkipReason.RESUME, "output": {}}
         step: list[Event] = []
-        self._note(step, [Event(EventType.RUN_QUEUED, {}), self._plan_generated()])
+        self._note(step, [Event(EventType.RUN_QUEUED, {}), self._plan_generated(self.plan)])
         self._note(
             step, [Event(EventType.NODE_SKIPPED, dict(skipped), node_id=i) for i in inherits.kept]
         )
@@ -498,12 +544,15 @@ class Simulation:
             uncertain=tuple(uncertain_nodes(self.state)),
         )
         for node_id, number in self.outside.effects:
+            if node_id in self.state.retired:
+                continue  # decided upon, or it would still be part of the plan
             node = self.state.nodes[node_id]
             is_once = self.plan.nodes[node_id].effect is Effect.AT_MOST_ONCE
             is_open = node.status not in (*FINISHED, NodeStatus.FAILED)
             if is_once and is_open and node.round == number:
                 assert node_id in inherits.uncertain, f"{node_id} may have happened"
-        return Simulation(replace(self.scenario, seed=seed, inherits=inherits))
+        plan = replace(self.plan, version=1)
+        return Simulation(replace(self.scenario, plan=plan, seed=seed, inherits=inherits))
 
     def _check_recovery(self, events: list[Event]) -> None:
         """Every intent without a result is called again, or given to a human: never both."""
@@ -518,11 +567,7 @@ class Simulation:
         started = [Event(EventType.RUN_START, {})]
         if self.state.plan is not None:
             return started
-        return [*started, self._plan_generated()] if self.rng.random() < 0.8 else started
-
-    def _plan_generated(self) -> Event:
-        data = {"version": self.plan.version, "planning_ms": 0.25}
-        return Event(EventType.PLAN_GENERATED, data, plan_version=self.plan.version)
+        return [*started, self._plan_generated(self.plan)] if self.rng.random() < 0.8 else started
 
     # The end
 
@@ -538,7 +583,7 @@ class Simulation:
         )
         if not cut_short:
             self.watch.check_end(self.state)
-        self.outside.check(self.plan, self.lives, self.scenario.inherits or Inheritance())
+        self.outside.check(self.lives, self.scenario.inherits or Inheritance())
         assert exact(fold(self.plans, events)) == exact(self.state)
 
     def check_snapshots(self, every: Callable[[int], bool] = lambda k: True) -> None:
@@ -554,3 +599,7 @@ class Simulation:
 
 
 _RESTING = TERMINAL_EVENTS | {EventType.RUN_PAUSED}
+
+
+def _row_of(plan: Plan) -> bytes:
+    return orjson.dumps(plan_as_dict(plan))

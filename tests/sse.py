@@ -96,8 +96,9 @@ def parse(chunks: Iterable[bytes]) -> SseParser:
 
 
 async def read_stream(response: httpx.Response) -> list[SseEvent]:
-    """All events until the server ends the stream."""
+    """All events until the server ends the stream. Deltas are left out: whether a call says its
+    text depends on who followed the run when it began."""
     parser = SseParser()
     async for chunk in response.aiter_bytes():
         parser.feed(chunk)
-    return parser.events
+    return [event for event in parser.events if event.event != "delta"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import orjson
@@ -24,7 +24,15 @@ from app.store.events import HeadView
 
 router = APIRouter(tags=["events"])
 
+_FRAME: dict[str, Any] = {
+    "anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in ("Event", "DeltaFrame")]
+}
 _SEQ: dict[str, Any] = {"pattern": "^[0-9]{1,9}$"}  # documented here, judged by `_cursor`
+
+_TYPES = (
+    "Only these types. Deltas, which a page never has, are sent without this filter or where it "
+    "names `delta`; for the filter of levels they are INFO."
+)
 
 NodeFilter = Annotated[str, StringConstraints(max_length=200, pattern=NO_NUL)]
 
@@ -35,8 +43,12 @@ NodeFilter = Annotated[str, StringConstraints(max_length=200, pattern=NO_NUL)]
     response_model=EventPage,
     responses={
         200: {
-            "description": "A page, or the stream when `Accept` asks for `text/event-stream`.",
-            "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/Event"}}},
+            "description": (
+                "A page, or the stream when `Accept` asks for `text/event-stream`. The `data:` of "
+                "its frames is an `Event`; of the frames without an `id` that of `event: delta` is "
+                "a `DeltaFrame`, and that of `event: gap` has `from` and `to`."
+            ),
+            "content": {"text/event-stream": {"schema": _FRAME}},
         },
         204: {"description": "The run is finished and nothing is left behind the cursor."},
         **PROBLEMS(400, 404, 422, 503),
@@ -56,7 +68,7 @@ async def get_events(
     request: Request,
     run_id: str,
     after: Annotated[str | None, Query(json_schema_extra=_SEQ)] = None,
-    type: Annotated[list[EventType] | None, Query()] = None,
+    type: Annotated[list[EventType | Literal["delta"]] | None, Query(description=_TYPES)] = None,
     node: Annotated[list[NodeFilter] | None, Query(max_length=200)] = None,
     level: Annotated[list[Level] | None, Query()] = None,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 200,

@@ -214,7 +214,7 @@ def _reading_families(counted: Metrics) -> Iterator[Metric]:
     )
     yield _counter(
         "unlogged_events",
-        "Events without a line in the log, because lines could not be written as fast.",
+        "Events without a line in the log, or of runs without records: lines could not be written.",
         counted.unlogged_events,
     )
 

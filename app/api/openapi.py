@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from app.api.run_schemas import ResumeBody, RunResource
+from app.api.run_schemas import DeltaFrame, ResumeBody, RunResource
 from app.domain.envelope import Envelope
 from app.domain.event_shapes import event_models
 
@@ -28,7 +28,7 @@ def install_openapi(app: FastAPI) -> None:
                 separate_input_output_schemas=app.separate_input_output_schemas,
             )
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (Envelope, ResumeBody, RunResource):
+            for model in (Envelope, ResumeBody, RunResource, DeltaFrame):
                 _add(schemas, model)
             schemas["Event"] = _event_union(schemas)
             _drop_default_problems(document)

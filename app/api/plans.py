@@ -46,6 +46,7 @@ async def preview_plan(request: Request) -> Response:
         run_id=PREVIEW_RUN_ID,
         created_at=rfc3339(now_ms()),
         limits=services.commands.plan_limits,
+        models_up=services.commands.models_up(),
     )
     return _json(plan_as_dict(plan))
 

@@ -120,6 +120,22 @@ class NodeAnswer(_Shape):
     output: Any = None
 
 
+class DeltaFrame(_Shape):
+    """The `data:` of `event: delta`: a piece of what an attempt of a node says while it runs.
+
+    Pieces with the same node, attempt and call are one text, numbered from 1; 1 begins it anew. A
+    number that is missing was dropped. `call` is that of LLM_REQUEST, missing where the capability
+    speaks itself.
+    """
+
+    run_id: str
+    node_id: str
+    attempt: int = Field(ge=1)
+    call: int | None = Field(default=None, ge=1)
+    piece: int = Field(ge=1)
+    text: str
+
+
 class OrderBody(_Shape):
     """Who orders it and why; with `expected_plan_version` only if the plan is still that one."""
 

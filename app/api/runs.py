@@ -107,7 +107,7 @@ async def submit_run(request: Request) -> Response:
     )
     run_id = submission.run_id
     # Entered before the first commit, so that the stream is fed from memory from seq 1 on.
-    channel = services.feed.enter(run_id, 0)
+    channel = services.feed.enter(run_id, 0, listens=wants_stream)
     stream = None
     try:
         earlier = await services.commands.accepted(submission, tenant, once)
@@ -122,7 +122,7 @@ async def submit_run(request: Request) -> Response:
         return json_response(202, accepted_view(submission.run), _location(run_id))
     finally:
         if stream is None:
-            services.feed.leave(channel)
+            services.feed.leave(channel, listens=wants_stream)
 
 
 async def _submission(

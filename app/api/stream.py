@@ -2,8 +2,9 @@
 
 sse-starlette gives the response class and the encoder of control frames. Its send loop is replaced:
 it costs five tasks and a queue a stream, this one is the request's own coroutine with a cursor.
-Frames of the journal carry an `id`, control frames (`retry`, comments, `gap`) never do, so that a
-client that reconnects always names a seq.
+Frames of the journal carry an `id`, control frames (`retry`, comments, `gap`, `delta`) never do, so
+that a client that reconnects always names a seq. A delta is sent right behind the event that it was
+placed behind, or not at all: none comes behind the event that ends its call.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class EventStream(EventSourceResponse):
         self._channel = channel
         self._cursor = after
         self._wanted = wanted
+        self._listens = wanted.takes_deltas
+        self._heard = 0  # the number of the first delta that was not looked at
         self._drain = drain
         self._sent_at = 0.0
 
@@ -86,7 +89,7 @@ class EventStream(EventSourceResponse):
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
         finally:
-            self._feed.leave(self._channel)
+            self._feed.leave(self._channel, listens=self._listens)
 
     async def _follow(self, send: Send, transport: asyncio.WriteTransport | None) -> None:
         opening = _RETRY
@@ -105,7 +108,7 @@ class EventStream(EventSourceResponse):
                 await asyncio.sleep(random.uniform(0, DRAIN_SPREAD_S))
                 await self._send(send, transport, _DRAINING, more=False)
                 return
-            if self._channel.last <= self._cursor and not await self._wait():
+            if self._is_up_to_date() and not await self._wait():
                 await self._send(send, transport, _HEARTBEAT, more=True)
 
     async def _flushed(self, transport: asyncio.WriteTransport) -> None:
@@ -122,7 +125,7 @@ class EventStream(EventSourceResponse):
     async def _next(self) -> tuple[bytes, bool]:
         """The bytes behind the cursor, and whether the stream is over with them."""
         channel = self._channel
-        if self._wanted.is_open:
+        if self._wanted.is_open and not self._has_deltas(max(self._cursor, channel.last)):
             data = channel.joined_after(self._cursor)
             if data is not None and len(data) <= SEND_BYTES_MAX:
                 self._feed.metrics.stream_frames += max(channel.last - self._cursor, 0)
@@ -155,6 +158,9 @@ class EventStream(EventSourceResponse):
         parts: list[bytes] = []
         size = 0
         for frame in frames:
+            size += self._take_deltas(parts, SEND_BYTES_MAX - size)
+            if size >= SEND_BYTES_MAX:
+                return b"".join(parts), False
             self._cursor = frame.seq
             if self._wanted.passes(frame):
                 parts.append(frame.data)
@@ -162,9 +168,34 @@ class EventStream(EventSourceResponse):
                 size += len(frame.data)
             if frame.is_terminal:
                 return b"".join(parts), True
-            if size >= SEND_BYTES_MAX:
-                break
+        self._take_deltas(parts, SEND_BYTES_MAX - size)
         return b"".join(parts), False
+
+    def _has_deltas(self, up_to: int) -> bool:
+        """Whether a delta that was not looked at has its place behind an event up to there."""
+        ring = self._channel.deltas
+        if ring is None or self._heard >= ring.end or not self._listens:
+            return False
+        self._heard = max(self._heard, ring.first)
+        return ring[self._heard].after <= up_to
+
+    def _take_deltas(self, parts: list[bytes], room: int) -> int:
+        """Add those whose place is right behind the cursor, until the room (bytes) is used up.
+
+        Those whose place the cursor has passed are left out. The number of bytes.
+        """
+        size = 0
+        while size < room and self._has_deltas(self._cursor):
+            assert self._channel.deltas is not None
+            delta = self._channel.deltas[self._heard]
+            self._heard += 1
+            if delta.after == self._cursor and self._wanted.passes_delta(delta):
+                parts.append(delta.data)
+                size += len(delta.data)
+        return size
+
+    def _is_up_to_date(self) -> bool:
+        return self._channel.last <= self._cursor and not self._has_deltas(self._cursor)
 
     @staticmethod
     def _gap(first: int, last: int) -> bytes:
@@ -217,7 +248,7 @@ def stream_of(
     wanted: Filter,
     headers: dict[str, str] | None = None,
 ) -> EventStream:
-    """A stream over a channel that was entered; it leaves it."""
+    """A stream over a channel that was entered as its filter listens; it leaves it."""
     raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
     return EventStream(
         services.feed, channel, after=after, wanted=wanted, drain=services.drain, headers=raw
@@ -236,6 +267,6 @@ def open_stream(
     Raises `Unavailable` as `check_room` does.
     """
     check_room(services)
-    channel = services.feed.enter(run_id, after)
+    channel = services.feed.enter(run_id, after, listens=wanted.takes_deltas)
     services.feed.nudge()
     return stream_of(services, channel, after, wanted, headers)

@@ -41,17 +41,35 @@ def url_option(url: str) -> str:
     return "" if shown == DEFAULT_URL else f" --url {shlex.quote(shown)}"
 
 
+_MEANINGS = {
+    "unknown_outcome": {
+        "retry": "it did not; call it again",
+        "done": "it did; give its output by --output NODE=@file.json",
+        "fail": "give it up",
+    },
+    "awaiting_answer": {
+        "retry": "plan again, now that what was missing is there",
+        "done": "this is the output of the run",
+        "fail": "give it up",
+    },
+}
+
+
 def decisions(run: dict[str, Any], at: str) -> Iterator[str]:
     """The decisions that a run awaits, as commands; none if it awaits none."""
-    waiting = [node["node_id"] for node in run["nodes"] if node.get("reason") == "unknown_outcome"]
+    waiting = {
+        node["node_id"]: node["reason"] for node in run["nodes"] if node.get("reason") in _MEANINGS
+    }
     if not waiting:
         return
-    yield f"Nobody knows whether the call of {', '.join(waiting)} took effect. Look, then decide:"
-    for decision, meaning in (
-        ("retry", "it did not; call it again"),
-        ("done", "it did; give its output by --output NODE=@file.json"),
-        ("fail", "give it up"),
-    ):
+    unknown = [node_id for node_id, reason in waiting.items() if reason == "unknown_outcome"]
+    if unknown:
+        called = ", ".join(unknown)
+        yield f"Nobody knows whether the call of {called} took effect. Look, then decide:"
+    else:
+        yield "No plan was found (flexrun tail tells why): give the output of the run, or decide:"
+    meanings = _MEANINGS["unknown_outcome" if unknown else "awaiting_answer"]
+    for decision, meaning in meanings.items():
         nodes = " ".join(f"--node {shlex.quote(node_id)}={decision}" for node_id in waiting)
         outputs = "".join(f" --output {shlex.quote(node_id)}=@output.json" for node_id in waiting)
         more = outputs if decision == "done" else ""

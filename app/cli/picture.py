@@ -72,7 +72,12 @@ class Picture:
             self.status = "running"
         elif event_type == "RUN_PAUSED":
             self.status = data["status"]
-        elif event_type in ("PLAN_GENERATED", "PLAN_UPDATED"):
+        elif event_type == "PLAN_GENERATED":
+            if self.plan_version is not None:
+                # What failed or was blocked under the plan before may be ordered anew.
+                self.nodes = {
+                    i: n for i, n in self.nodes.items() if n.status in ("done", "skipped")
+                }
             self.plan_version = data["version"]
             self.take_plan(data.get("nodes") or ())
         elif (node := self.nodes.get(event.get("node_id", ""))) is not None:

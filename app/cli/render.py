@@ -118,7 +118,10 @@ def _detail(event: dict[str, Any]) -> str:
     data = event["data"]
     match event["type"]:
         case "PLAN_GENERATED":
-            return f"version {data['version']} by {data['author']}, {data['node_count']} nodes"
+            rest = f", {len(goals)} goals to come" if (goals := data.get("open_goals")) else ""
+            return (
+                f"version {data['version']} by {data['author']}, {data['node_count']} nodes{rest}"
+            )
         case "NODE_START":
             again = f" (attempt {event['attempt']})" if event.get("attempt", 1) > 1 else ""
             return f"{data.get('capability_id', '')}{again}"
@@ -127,7 +130,8 @@ def _detail(event: dict[str, Any]) -> str:
         case "NODE_RETRY":
             return f"in {duration(data['delay_ms'])}, {error_text(data.get('error'))}"
         case "NODE_BLOCKED" | "NODE_SKIPPED":
-            return f"{data.get('reason', '')} {error_text(data.get('error'))}"
+            asked = data.get("operator_prompt") or error_text(data.get("error"))
+            return f"{data.get('reason', '')} {asked}"
         case "NODE_FAILED" | "RUN_FAILED":
             return error_text(data.get("error"))
         case "VALIDATION_ERROR" | "PLAN_REJECTED":
@@ -146,6 +150,11 @@ def _run_detail(event_type: str, data: dict[str, Any]) -> str:
             return f"{resumes}{data.get('objective', '')}"
         case "RUN_START" | "RUN_DONE":
             return ""
+        case "PLAN_UPDATED":
+            told = (f"{how} {', '.join(data[how])}" for how in ("added", "removed") if data[how])
+            return f"by {data.get('policy_id') or data['cause']}: {'; '.join(told)}"
+        case "POLICY_TRIGGERED":
+            return f"{data['policy_id']}: {data['trigger']}, {data['action']}"
         case "RUN_PAUSED" | "RUN_RESUMED" | "RUN_CANCELLED":
             return _order(data)
         case "BREAKER_TRIPPED" | "BREAKER_HALF_OPEN" | "BREAKER_CLOSED":

@@ -40,9 +40,16 @@ class Message:
     call_id: str = ""
 
 
+ANSWER_TOOL = "give_answer"
+"""Not for others to use: a provider may ask for the answer itself as the input of such a tool."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """What a model may ask to be called. `parameters` is a JSON Schema of an object."""
+    """What a model may ask to be called. `parameters` is a JSON Schema of an object.
+
+    `name` has at most 64 letters, digits, `_` and `-`, and is not `ANSWER_TOOL`.
+    """
 
     name: str
     description: str

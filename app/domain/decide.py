@@ -34,13 +34,15 @@ class RunLimits:
 
 @dataclass(slots=True)
 class Decision:
-    """`events` to append in order. `complete`: every node is done, compose the output.
+    """`events` to append in order. `complete`: every node is done, compose the output. `plan`: the
+    run goes on with another plan version, which is to be made now.
 
     `wake_at` (ms) is when to look again although nothing happens: a retry or the deadline.
     """
 
     events: list[Event] = field(default_factory=list)
     complete: bool = False
+    plan: bool = False
     wake_at: int | None = None
 
 
@@ -53,6 +55,11 @@ def decide(state: RunState, now_ms: int, limits: RunLimits) -> Decision:
     if deadline is not None and now_ms >= deadline:
         decision.events.append(_deadline_exceeded(state))
         return decision
+    if state.replan is not None:
+        # What is under way ends first, so that the new plan knows how it ended.
+        decision.plan = not state.running
+        decision.wake_at = deadline
+        return decision
     _block_dependants(state, decision)
     started = _start_nodes(state, now_ms, limits, decision)
     if started or state.running or state.waiting or state.ready_limited:
@@ -61,6 +68,8 @@ def decide(state: RunState, now_ms: int, limits: RunLimits) -> Decision:
         decision.wake_at = _earliest(deadline, due)
     else:
         _come_to_rest(state, decision)
+        if decision.plan:
+            decision.wake_at = deadline
     return decision
 
 
@@ -85,7 +94,12 @@ def _deadline_exceeded(state: RunState) -> Event:
                 "deadline_exceeded", "The run's deadline passed before it was done."
             ),
             "failed_nodes": list(state.failed),
-            "unfinished_nodes": [*state.running, *state.waiting, *ready_set(state)],
+            "unfinished_nodes": [
+                *state.running,
+                *state.waiting,
+                *ready_set(state),
+                *state.to_ask,
+            ],
         },
         level=Level.ERROR,
     )
@@ -182,20 +196,27 @@ def _come_to_rest(state: RunState, decision: Decision) -> None:
                 level=Level.ERROR,
             )
         )
-    elif unknown := state.unknown_outcomes():
-        decision.events.append(
-            Event(
-                EventType.RUN_PAUSED,
-                {
-                    "status": RunStatus.AWAITING_HUMAN,
-                    "reason": BlockReason.UNKNOWN_OUTCOME,
-                    "nodes": unknown,
-                },
-                level=Level.WARN,
-            )
-        )
+    elif waiting := [*state.awaiting_human(), *state.to_ask]:
+        decision.events += [_ask(state, node_id) for node_id in state.to_ask]
+        is_unknown = bool(state.unknown_outcomes())
+        reason = BlockReason.UNKNOWN_OUTCOME if is_unknown else BlockReason.AWAITING_ANSWER
+        data = {"status": RunStatus.AWAITING_HUMAN, "reason": reason, "nodes": waiting}
+        decision.events.append(Event(EventType.RUN_PAUSED, data, level=Level.WARN))
     else:
-        decision.complete = True
+        assert state.plan is not None
+        decision.plan = bool(state.plan.open_goals)
+        decision.complete = not decision.plan
+
+
+def _ask(state: RunState, node_id: str) -> Event:
+    """A fallback is not called: a person is asked."""
+    assert state.plan is not None
+    data = {
+        "reason": BlockReason.AWAITING_ANSWER,
+        "operator_prompt": state.plan.nodes[node_id].text,
+    }
+    attempt = state.nodes[node_id].attempt + 1
+    return Event(EventType.NODE_BLOCKED, data, node_id=node_id, attempt=attempt, level=Level.WARN)
 
 
 @dataclass(frozen=True, slots=True)

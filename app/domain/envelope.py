@@ -9,9 +9,10 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from app.domain.contract import ContractSpec
+from app.domain.policy import POLICIES_MAX, RuntimePolicy, with_own_ids
 
 NODE_ID_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}$"
 NodeId = Annotated[str, StringConstraints(pattern=NODE_ID_PATTERN)]
@@ -61,12 +62,16 @@ Binding = ValueBinding | FromBinding
 
 
 class GoalNode(_Strict):
-    """One node of a caller's goal graph. Without `inputs` it is bound by facet name."""
+    """One node of a caller's goal graph. Without `inputs` it is bound by facet name.
+
+    Without `capability` it only says what is to be done: a model chooses who does it, one node at a
+    time, among those whose requirements are done.
+    """
 
     id: NodeId
     text: str = Field(default="", max_length=4_000)
     requires: list[NodeId] = Field(default_factory=list, max_length=2_000)
-    capability: str = Field(min_length=1, max_length=120)
+    capability: str | None = Field(default=None, min_length=1, max_length=120)
     capability_version: str | None = Field(default=None, max_length=64)
     inputs: dict[FacetKey, Binding] | None = None
     timeout_s: float | None = Field(default=None, gt=0, le=86_400)
@@ -112,6 +117,26 @@ class Topology(_Strict):
     max_nodes: int | None = Field(default=None, ge=1, le=2_000)
 
 
+class Objective(StrEnum):
+    """What a plan shall be best at, where there are several ways."""
+
+    SPEED = "speed"
+    QUALITY = "quality"
+    DIVERSITY = "diversity"
+    TOKEN_EFFICIENCY = "token_efficiency"
+
+
+class Optimisation(_Strict):
+    """What the assembler prefers besides low cost: `quality` lets a model make what a model can,
+    `token_efficiency` only what nothing else can, `speed` takes the shortest time limits, and with
+    `diversity` capabilities of equal cost take turns from run to run. `max_tokens` bounds what the
+    capabilities of any plan declare to use (`cost.tokens`); what calls really use is bounded by
+    `constraints.budget`."""
+
+    objective: Objective | None = None
+    max_tokens: int | None = Field(default=None, ge=0)
+
+
 class PlannerPolicies(_Strict):
     """How the plan is made. `strategy` llm: a model proposes it, with the `directives` in its
     prompt; without a model, or when what it proposes does not hold, the assembler makes it."""
@@ -122,13 +147,16 @@ class PlannerPolicies(_Strict):
     )
     selection: Selection = Selection()
     topology: Topology = Topology()
+    optimisation: Optimisation = Optimisation()
 
 
 class Policies(_Strict):
-    """Rules of the run. Runtime policies are accepted only once they are carried out."""
+    """Rules of the run: how its plan is made, and what changes its course, in declared order."""
 
     planner: PlannerPolicies = PlannerPolicies()
-    runtime: list[dict[str, Any]] = Field(default_factory=list, max_length=0)
+    runtime: Annotated[list[RuntimePolicy], AfterValidator(with_own_ids)] = Field(
+        default_factory=list, max_length=POLICIES_MAX
+    )
 
 
 class Metadata(_Strict):

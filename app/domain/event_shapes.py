@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from app.domain.events import BlockReason, EventType, Level, SkipReason
-from app.domain.plan import Author
+from app.domain.plan import Author, PlanCause, PlanPhase
+from app.domain.policy import TriggerKind
 from app.domain.run import RunStatus
 
 
@@ -83,15 +84,20 @@ class PlanRequestedData(EventData):
     """The planner was asked."""
 
     attempt: int
-    phase: str = Field(description="initial or replan")
+    phase: PlanPhase
+    cause: PlanCause | None = Field(None, description="of a replan")
+    policy_id: str | None = Field(None, description="the policy that asks for it")
 
 
 class PlanRejectedData(EventData):
     """A proposed plan was refused, or none can be made."""
 
     attempt: int
-    phase: str
+    phase: PlanPhase
     diagnostics: list[FaultData]
+    final: Literal[True] | None = Field(
+        None, description="no further try follows; a plan that is in force stays in force"
+    )
 
 
 class PlanNodeData(EventData):
@@ -110,6 +116,30 @@ class PlanGeneratedData(EventData):
     node_count: int
     nodes: list[PlanNodeData] | None = Field(None, description="left out over 256 nodes")
     planning_ms: float | None = None
+    open_goals: list[str] | None = Field(
+        None, description="goals that no node does yet: the next versions plan them"
+    )
+
+
+class PlanUpdatedData(EventData):
+    """The plan that was just generated took the place of an earlier one. Lists end at 256 ids."""
+
+    previous_version: int
+    version: int
+    cause: PlanCause
+    policy_id: str | None = None
+    kept: list[str] = Field(description="nodes that stay as they are, done ones with their results")
+    added: list[str]
+    removed: list[str]
+
+
+class PolicyTriggeredData(EventData):
+    """A runtime policy fired; what it does follows."""
+
+    policy_id: str
+    trigger: TriggerKind
+    action: Literal["replan"]
+    rationale: str | None = None
 
 
 class NodeStartData(EventData):
@@ -151,6 +181,7 @@ class NodeBlockedData(EventData):
     error: ErrorData | None = None
     scope: str | None = Field(None, description="`tool::host` of the open breaker")
     delay_ms: int | None = Field(None, description="when the breaker is asked again")
+    operator_prompt: str | None = Field(None, description="what a person is asked for")
 
 
 class NodeSkippedData(EventData):
@@ -189,7 +220,7 @@ class RunPausedData(EventData):
     """Nothing new starts until a human says so."""
 
     status: RunStatus
-    reason: str = Field(description="unknown_outcome, or operator")
+    reason: str = Field(description="unknown_outcome, awaiting_answer, or operator")
     nodes: list[str] = Field(description="that wait for a decision, or that still run")
     signal_id: str | None = None
     operator: dict[str, Any] | None = None
@@ -275,6 +306,18 @@ class LlmResponseData(EventData):
     is_estimated: bool = Field(description="the provider did not count: tokens are projected")
 
 
+class ToolCalledData(EventData):
+    """A call that a node made itself ended, well or not: a tool that its model asked for, say."""
+
+    capability_id: str
+    version: str
+    call: int = Field(description="1, 2, 3 … of this attempt of the node")
+    outcome: str = Field(
+        description="`ok`, `invalid_input`, `breaker_open`, `timeout`, or the code of the failure"
+    )
+    duration_ms: float = Field(description="0 when it was not called")
+
+
 class CacheHitData(EventData):
     """The answer of a model was known already; no call is made."""
 
@@ -310,6 +353,8 @@ EVENT_DATA: dict[EventType, type[BaseModel]] = {
     EventType.PLAN_REQUESTED: PlanRequestedData,
     EventType.PLAN_REJECTED: PlanRejectedData,
     EventType.PLAN_GENERATED: PlanGeneratedData,
+    EventType.PLAN_UPDATED: PlanUpdatedData,
+    EventType.POLICY_TRIGGERED: PolicyTriggeredData,
     EventType.NODE_START: NodeStartData,
     EventType.NODE_DONE: NodeDoneData,
     EventType.NODE_FAILED: NodeFailedData,
@@ -328,6 +373,7 @@ EVENT_DATA: dict[EventType, type[BaseModel]] = {
     EventType.MODEL_SELECTED: ModelSelectedData,
     EventType.LLM_REQUEST: LlmRequestData,
     EventType.LLM_RESPONSE: LlmResponseData,
+    EventType.TOOL_CALLED: ToolCalledData,
     EventType.CACHE_HIT: CacheHitData,
     EventType.CACHE_MISS: CacheMissData,
     EventType.BUDGET_EXHAUSTED: BudgetExhaustedData,

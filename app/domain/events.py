@@ -25,6 +25,7 @@ class EventType(StrEnum):
     PLAN_REQUESTED = "PLAN_REQUESTED"
     PLAN_REJECTED = "PLAN_REJECTED"
     PLAN_GENERATED = "PLAN_GENERATED"
+    PLAN_UPDATED = "PLAN_UPDATED"
     NODE_START = "NODE_START"
     NODE_DONE = "NODE_DONE"
     NODE_FAILED = "NODE_FAILED"
@@ -43,6 +44,8 @@ class EventType(StrEnum):
     MODEL_SELECTED = "MODEL_SELECTED"
     LLM_REQUEST = "LLM_REQUEST"
     LLM_RESPONSE = "LLM_RESPONSE"
+    TOOL_CALLED = "TOOL_CALLED"
+    POLICY_TRIGGERED = "POLICY_TRIGGERED"
     CACHE_HIT = "CACHE_HIT"
     CACHE_MISS = "CACHE_MISS"
     BUDGET_EXHAUSTED = "BUDGET_EXHAUSTED"
@@ -66,6 +69,7 @@ class BlockReason(StrEnum):
     DEPENDENCY_FAILED = "dependency_failed"
     UNKNOWN_OUTCOME = "unknown_outcome"
     BREAKER_OPEN = "breaker_open"
+    AWAITING_ANSWER = "awaiting_answer"
 
 
 class SkipReason(StrEnum):

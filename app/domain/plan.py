@@ -16,6 +16,22 @@ class Author(StrEnum):
     ASSEMBLER = "assembler"
     LLM = "llm"
     REPLAN = "replan"
+    FALLBACK = "fallback"
+
+
+class PlanPhase(StrEnum):
+    """Whether it is the first plan of a run, or takes the place of one."""
+
+    INITIAL = "initial"
+    REPLAN = "replan"
+
+
+class PlanCause(StrEnum):
+    """Why a plan is made anew: a policy, an operator, or the next of the caller's goals."""
+
+    POLICY = "policy"
+    OPERATOR = "operator"
+    NEXT_GOAL = "next_goal"
 
 
 class Fit(StrEnum):
@@ -92,7 +108,8 @@ class OutputSource:
 class Plan:
     """One plan version. It never changes; a replan makes the next one.
 
-    `children` and `order` are derived: the nodes that require a node, and the ids in plan order.
+    `children` is derived: the nodes that require a node, in plan order. `open_goals` are goals of
+    the caller that no node does yet: when its nodes are done, the next version plans one of them.
     """
 
     run_id: str
@@ -104,6 +121,7 @@ class Plan:
     proof: tuple[ProofStep, ...]
     rationale: str = ""
     children: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    open_goals: tuple[str, ...] = ()
 
 
 def children_of(nodes: dict[str, PlanNode]) -> dict[str, tuple[str, ...]]:

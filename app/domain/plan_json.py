@@ -2,7 +2,7 @@
 
 {run_id, version, created_at, author, nodes: [...],
  metadata: {rationale, proof: [{node_id, key, source, pointer, fit, why}],
-            output: [{key, source, pointer}]}}
+            output: [{key, source, pointer}], open_goals?: [id]}}
 
 node: {id, kind, label, text, capability_id, capability_version, requires, bindings,
        facets: {input, output}, effect, timeout_s, max_attempts, concurrency, rationale}
@@ -28,7 +28,7 @@ from app.domain.plan import (
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
     """The plan as JSON. Written out field by field: every run does this once."""
-    return {
+    found: dict[str, Any] = {
         "run_id": plan.run_id,
         "version": plan.version,
         "created_at": plan.created_at,
@@ -53,6 +53,9 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             ],
         },
     }
+    if plan.open_goals:
+        found["metadata"]["open_goals"] = list(plan.open_goals)
+    return found
 
 
 def node_as_dict(node: PlanNode) -> dict[str, Any]:
@@ -105,6 +108,7 @@ def plan_from_dict(found: dict[str, Any]) -> Plan:
         ),
         rationale=metadata["rationale"],
         children=children_of(nodes),
+        open_goals=tuple(metadata.get("open_goals", ())),
     )
 
 

@@ -70,3 +70,4 @@ NODE_TRANSITIONS: dict[NodeStatus, frozenset[NodeStatus]] = {
     NodeStatus.FAILED: frozenset(),
     NodeStatus.SKIPPED: frozenset(),
 }
+"""Within one plan version. The next version starts its own nodes (`plan_change.py`)."""

@@ -24,7 +24,10 @@ class SignalKind(StrEnum):
 
 
 class NodeDecision(StrEnum):
-    """What an operator says of a node whose outcome is unknown."""
+    """What an operator says of a node that waits for a person.
+
+    `retry` of a fallback, which nobody calls, is to plan again.
+    """
 
     DONE = "done"
     RETRY = "retry"
@@ -122,7 +125,7 @@ def _resume(state: RunState, signal: Signal) -> Applied:
     applied = Applied(events=[Event(EventType.RUN_RESUMED, {**_by(signal), "nodes": nodes})])
     for node_id, given in decisions.items():
         node = state.nodes.get(node_id)
-        if node is None or node.reason != BlockReason.UNKNOWN_OUTCOME:
+        if node is None or not node.awaits_human:
             return Applied(f"discarded: node {node_id!r} does not wait for a decision")
         if given["decision"] == NodeDecision.DONE:
             applied.outputs[node_id] = given["output"]

@@ -18,9 +18,9 @@ from app.domain.state import SNAPSHOT_FORMAT, NodeState, RunState
 
 _PLAIN = (
     *("seq", "last_ts", "done_count", "queued_at", "started_at", "finished_at"),
-    *("planning_ms", "paused_at", "paused_seq", "paused_ms"),
+    *("planning_ms", "paused_at", "paused_seq", "paused_ms", "replan"),
 )
-_ORDERED = ("ready", "running", "to_block", "failed", "blocked")
+_ORDERED = ("ready", "running", "to_block", "to_ask", "failed", "blocked")
 _NODE_FIELDS = tuple(field.name for field in fields(NodeState))
 
 
@@ -38,6 +38,8 @@ def state_as_dict(state: RunState) -> dict[str, Any]:
         "ready_limited": [[*key, list(queue)] for key, queue in state.ready_limited.items()],
         "waiting": list(state.waiting.items()),
         "spent": [str(state.spent.usd), state.spent.tokens, state.spent.calls],
+        "policies_fired": dict(state.policies_fired),
+        "retired": {node_id: list(found) for node_id, found in state.retired.items()},
     }
     found.update({name: getattr(state, name) for name in _PLAIN})
     found.update({name: list(getattr(state, name)) for name in _ORDERED})
@@ -58,9 +60,10 @@ def state_from_dict(
         plan=None if version is None else plans[version],
         waiting=dict(found["waiting"]),
     )
-    if "spent" in found:  # a release that called no models wrote none
-        usd, tokens, calls = found["spent"]
-        state.spent = Spent(Decimal(usd), tokens, calls)
+    usd, tokens, calls = found["spent"]
+    state.spent = Spent(Decimal(usd), tokens, calls)
+    state.policies_fired = dict(found["policies_fired"])
+    state.retired = {node_id: (count, turn) for node_id, (count, turn) in found["retired"].items()}
     for name in _PLAIN:
         setattr(state, name, found[name])
     for name in _ORDERED:

@@ -8,83 +8,26 @@ and in one of 2,000. Outputs are not part of the state: a node's `done_seq` says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from decimal import Decimal
-from typing import Any
 
 from app.domain.budget import Spent
+from app.domain.capability import NodeKind
 from app.domain.events import BlockReason, Event, EventType
-from app.domain.plan import Plan
+from app.domain.plan import PlanNode
+from app.domain.plan_change import replace_plan
 from app.domain.run import NodeStatus, RunStatus
+from app.domain.run_state import (
+    BY_OPERATOR,
+    SNAPSHOT_FORMAT,
+    CapabilityKey,
+    NodeState,
+    RunState,
+    leave_ready,
+    make_ready,
+)
 
-SNAPSHOT_FORMAT = 2
-
-CapabilityKey = tuple[str, str]
-
-
-@dataclass(slots=True)
-class NodeState:
-    """One node. `attempt` counts started attempts, `round` the times it was ordered anew.
-
-    `unmet` is the number of direct requirements that are not done; `retry_at` (ms) is when a
-    pending node may start again; `done_seq` is the seq of the event that holds the output.
-    """
-
-    status: NodeStatus = NodeStatus.PENDING
-    attempt: int = 0
-    round: int = 1
-    attempts_before_round: int = 0
-    unmet: int = 0
-    retry_at: int | None = None
-    done_seq: int | None = None
-    reason: str | None = None
-    error: dict[str, Any] | None = None
-    started_at: int | None = None
-    duration_ms: float | None = None
-
-
-@dataclass(slots=True)
-class RunState:
-    """Everything `decide` needs to know about a run.
-
-    `ready` holds pending nodes that may start now, in the order in which they became ready; those
-    whose capability has a limit of its own wait in `ready_limited`. `waiting` holds nodes with a
-    `retry_at`: pending ones, and those that an open breaker blocks until then. `to_block` holds
-    pending nodes below a failed one. Times are ms since 1970.
-    """
-
-    run_id: str
-    plans: Mapping[int, Plan] = field(repr=False)
-    status: RunStatus = RunStatus.QUEUED
-    plan: Plan | None = field(default=None, repr=False)
-    seq: int = 0
-    last_ts: int = 0
-    nodes: dict[str, NodeState] = field(default_factory=dict)
-    ready: dict[str, None] = field(default_factory=dict)
-    ready_limited: dict[CapabilityKey, dict[str, None]] = field(default_factory=dict)
-    waiting: dict[str, int] = field(default_factory=dict)
-    running: dict[str, None] = field(default_factory=dict)
-    to_block: dict[str, None] = field(default_factory=dict)
-    failed: dict[str, None] = field(default_factory=dict)
-    blocked: dict[str, None] = field(default_factory=dict)
-    done_count: int = 0
-    queued_at: int = 0
-    started_at: int | None = None
-    finished_at: int | None = None
-    planning_ms: float | None = None
-    paused_at: int | None = None
-    paused_seq: int | None = None
-    paused_ms: int = 0
-    spent: Spent = field(default_factory=Spent)
-
-    def unknown_outcomes(self) -> list[str]:
-        """Nodes whose effect may or may not have happened, in the order they were blocked."""
-        return [
-            node_id
-            for node_id in self.blocked
-            if self.nodes[node_id].reason == BlockReason.UNKNOWN_OUTCOME
-        ]
+__all__ = ["SNAPSHOT_FORMAT", "CapabilityKey", "NodeState", "RunState", "apply"]
 
 
 def apply(state: RunState, event: Event) -> None:
@@ -107,45 +50,32 @@ def _run_start(state: RunState, event: Event) -> None:
 
 def _plan_generated(state: RunState, event: Event) -> None:
     plan = state.plans[event.data["version"]]
-    state.plan = plan
+    before, state.plan = state.plan, plan
     state.planning_ms = event.data.get("planning_ms")
+    if before is not None:
+        replace_plan(state, before)
+        return
     for node in plan.nodes.values():
         state.nodes[node.id] = NodeState(unmet=len(node.requires))
         if not node.requires:
-            _make_ready(state, node.id)
+            make_ready(state, node.id)
 
 
-def _make_ready(state: RunState, node_id: str) -> None:
-    assert state.plan is not None
-    node = state.plan.nodes[node_id]
-    if node.concurrency is None:
-        state.ready[node_id] = None
-    else:
-        key = (node.capability_id, node.capability_version)
-        state.ready_limited.setdefault(key, {})[node_id] = None
+def _plan_rejected(state: RunState, event: Event) -> None:
+    if "final" in event.data:
+        state.replan = None
 
 
-def _leave_ready(state: RunState, node_id: str) -> None:
-    """A node stops being ready or waiting: it started, or it was blocked."""
-    if node_id in state.ready:
-        del state.ready[node_id]
-        return
-    if state.waiting.pop(node_id, None) is not None:
-        return
-    assert state.plan is not None
-    node = state.plan.nodes[node_id]
-    key = (node.capability_id, node.capability_version)
-    queue = state.ready_limited.get(key)
-    if queue is not None and node_id in queue:
-        del queue[node_id]
-        if not queue:
-            del state.ready_limited[key]
+def _policy_triggered(state: RunState, event: Event) -> None:
+    policy_id = event.data["policy_id"]
+    state.policies_fired[policy_id] = state.policies_fired.get(policy_id, 0) + 1
+    state.replan = policy_id
 
 
 def _node_start(state: RunState, event: Event) -> None:
     node_id = _node_id(event)
     node = state.nodes[node_id]
-    _leave_ready(state, node_id)
+    leave_ready(state, node_id)
     state.blocked.pop(node_id, None)
     state.running[node_id] = None
     node.status = NodeStatus.RUNNING
@@ -171,7 +101,7 @@ def _node_skipped(state: RunState, event: Event) -> None:
     """It counts as done: its result is in this very event."""
     node_id = _node_id(event)
     node = state.nodes[node_id]
-    _leave_ready(state, node_id)
+    leave_ready(state, node_id)
     node.status = NodeStatus.SKIPPED
     node.reason = event.data["reason"]
     _satisfy_children(state, node_id, event.seq)
@@ -185,7 +115,7 @@ def _satisfy_children(state: RunState, node_id: str, seq: int) -> None:
         child = state.nodes[child_id]
         child.unmet -= 1
         if child.unmet == 0 and child.status is NodeStatus.PENDING:
-            _make_ready(state, child_id)
+            make_ready(state, child_id)
 
 
 def _node_retry(state: RunState, event: Event) -> None:
@@ -200,6 +130,11 @@ def _node_retry(state: RunState, event: Event) -> None:
         node.attempts_before_round = node.attempt
     node.reason = None
     node.error = event.data.get("error")
+    if _plan_node(state, node_id).kind is NodeKind.FALLBACK:
+        # What was missing may be there now: plan again, and ask again only if it still is.
+        state.replan = BY_OPERATOR
+        state.to_ask[node_id] = None
+        return
     node.retry_at = event.ts + event.data["delay_ms"]
     state.waiting[node_id] = node.retry_at
 
@@ -230,7 +165,7 @@ def _node_blocked(state: RunState, event: Event) -> None:
     if node.status is NodeStatus.RUNNING:
         del state.running[node_id]
     else:
-        _leave_ready(state, node_id)
+        leave_ready(state, node_id)
     state.to_block.pop(node_id, None)
     state.blocked[node_id] = None
     node.attempt = event.attempt or node.attempt
@@ -282,6 +217,11 @@ def _finish(state: RunState, event: Event, status: RunStatus) -> None:
     state.finished_at = event.ts
 
 
+def _plan_node(state: RunState, node_id: str) -> PlanNode:
+    assert state.plan is not None
+    return state.plan.nodes[node_id]
+
+
 def _node_id(event: Event) -> str:
     assert event.node_id is not None, f"{event.type} without a node"
     return event.node_id
@@ -291,6 +231,8 @@ _HANDLERS: dict[str, Callable[[RunState, Event], None]] = {
     EventType.RUN_QUEUED: _run_queued,
     EventType.RUN_START: _run_start,
     EventType.PLAN_GENERATED: _plan_generated,
+    EventType.PLAN_REJECTED: _plan_rejected,
+    EventType.POLICY_TRIGGERED: _policy_triggered,
     EventType.NODE_START: _node_start,
     EventType.NODE_DONE: _node_done,
     EventType.NODE_RETRY: _node_retry,

@@ -22,7 +22,11 @@ SCHEMA_CHARS_MAX = 16_000
 
 def system_prompt_of(capability: Capability) -> str:
     """The whole text: the owner's or a made one, and how the answer has to look."""
-    return f"{capability.registration.system_prompt or _made(capability)}\n\n{_ending(capability)}"
+    registration = capability.registration
+    parts = [registration.system_prompt or _made(capability), _ending(capability)]
+    if registration.config.get("tools"):
+        parts.insert(1, "Call your tools for what you can not know yourself, then answer.")
+    return "\n\n".join(parts)
 
 
 def prompt_faults(capability: Capability) -> list[Fault]:
@@ -55,11 +59,12 @@ def _made(capability: Capability) -> str:
         ("You make", capability.output.properties),
     ):
         if properties:
-            parts.append("\n".join([f"{heading}:", *map(_line, properties.values())]))
+            parts.append("\n".join([f"{heading}:", *map(line_of, properties.values())]))
     return "\n\n".join(parts)
 
 
-def _line(found: Property) -> str:
+def line_of(found: Property) -> str:
+    """What a model is told of one input or output."""
     title = f" ({found.title})" if found.title else ""
     needed = "" if found.required else ", may be missing"
     told = f": {found.instruction}" if found.instruction else ""

@@ -18,6 +18,7 @@ from typing import Any
 from uuid import UUID
 
 from app.domain.events import TERMINAL_EVENTS, Event, EventType
+from app.domain.record_shapes import EventLine
 from app.journal.frames import Frame, body_of, decode_event
 from app.kit.clock import rfc3339
 from app.kit.metrics import Metrics
@@ -31,10 +32,7 @@ FRAMES_WAITING_MAX = 20_000
 RUNS_KNOWN_MAX = 10_000
 LEAVING_S = 2.0
 
-FIELDS = (
-    *("eventTs", "seq", "eventType", "runId", "planVersion", "nodeId", "capabilityId"),
-    *("facetProvenance", "attempt", "status", "durationMs", "errorCode"),
-)
+FIELDS = tuple(EventLine.model_fields)
 """The fields of a line; each is there, null where it does not apply."""
 
 _LEVELS = {"INFO": logging.INFO, "WARN": logging.WARNING, "ERROR": logging.ERROR}
@@ -141,10 +139,10 @@ class EventLog:
 
 
 def _status_of(event: Event) -> str | None:
-    """The status that the event leads to; of a call of a model its outcome."""
+    """The status that the event leads to; of a call of a model or a tool its outcome."""
     if event.type is EventType.RUN_PAUSED:
         return str(event.data["status"])
-    if event.type is EventType.LLM_RESPONSE:
+    if event.type in (EventType.LLM_RESPONSE, EventType.TOOL_CALLED):
         return str(event.data["outcome"])
     return _STATUS.get(event.type)
 

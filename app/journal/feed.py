@@ -6,21 +6,27 @@ behind. The committer pushes frames in (`Feed.publish`); runs that another proce
 looked after by one tailer, which asks all followed heads in one query, on a wake-up or every
 500 ms. The ring takes a frame only if its seq follows the last one, so whoever comes second with
 the same rows changes nothing.
+
+Deltas, the texts that calls say while they are under way, have a ring of their own beside it. They
+are in no journal: who is too late for one goes without.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
 from app.domain.errors import FlexrunError
-from app.domain.events import TERMINAL_EVENTS, EventType
-from app.journal.frames import Frame, frame_of, written_at
+from app.domain.events import TERMINAL_EVENTS, EventType, Level
+from app.journal.delta_ring import DeltaRing, PlacedDelta
+from app.journal.frames import Frame, delta_frame, frame_of, written_at
 from app.kit.clock import now_ms
 from app.kit.metrics import Metrics
 from app.kit.waiting import wait_at_most
+from app.ports import Delta
 from app.store.events import EventReader
 
 log = logging.getLogger("flexrun.feed")
@@ -31,11 +37,26 @@ RING_BYTES_MAX = 4 * 1024 * 1024
 PAGE_ROWS_MAX = 1_000
 PAGE_BYTES_MAX = 256 * 1024
 POLL_S = 0.5
+DELTA = "delta"
+"""What deltas are called in a filter of types."""
+_ENDS_SPEECH = frozenset(
+    {
+        EventType.LLM_RESPONSE,
+        EventType.NODE_DONE,
+        EventType.NODE_FAILED,
+        EventType.NODE_RETRY,
+        EventType.NODE_BLOCKED,
+        EventType.NODE_SKIPPED,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which frames a reader wants; an empty set wants all. The terminal event passes always."""
+    """Which frames a reader wants; an empty set wants all. The terminal event passes always.
+
+    A delta is of the type `delta`, of its node, and of the level INFO.
+    """
 
     types: frozenset[str] = frozenset()
     nodes: frozenset[str] = frozenset()
@@ -54,6 +75,17 @@ class Filter:
             and (not self.levels or frame.level in self.levels)
         )
 
+    @property
+    def takes_deltas(self) -> bool:
+        """Whether deltas can pass at all."""
+        return (not self.types or DELTA in self.types) and (
+            not self.levels or Level.INFO in self.levels
+        )
+
+    def passes_delta(self, delta: PlacedDelta) -> bool:
+        """Only asked where `takes_deltas`."""
+        return not self.nodes or delta.node_id in self.nodes
+
 
 class Channel:
     """The newest frames of one followed run. `last` is the seq of the newest frame seen."""
@@ -62,11 +94,13 @@ class Channel:
         "_bytes",
         "_joined",
         "_waiters",
+        "deltas",
         "ended",
         "followers",
         "frames",
         "is_live",
         "last",
+        "listeners",
         "run_id",
     )
 
@@ -74,8 +108,10 @@ class Channel:
         self.run_id = run_id
         self.last = last
         self.frames: list[Frame] = []
+        self.deltas: DeltaRing | None = None  # made for the first one: most runs say nothing
         self.ended = False
         self.followers = 0
+        self.listeners = 0  # those of the followers who take deltas
         self.is_live = False  # up to date once: what comes now is new, not read late
         self._waiters: dict[asyncio.Future[bool], None] = {}
         self._bytes = 0
@@ -96,6 +132,28 @@ class Channel:
         self._joined = None
         self.wake()
         return True
+
+    def tell(self, delta: Delta) -> None:
+        """Place a delta behind all events that are known here or were when it was said."""
+        if self.ended or self._is_late(delta):
+            return
+        if self.deltas is None:
+            self.deltas = DeltaRing()
+        after = max(delta.seq, self.last)
+        self.deltas.push(PlacedDelta(after, delta.node_id, delta_frame(delta)))
+        if after == self.last:
+            self.wake()
+
+    def _is_late(self, delta: Delta) -> bool:
+        """Whether the text has ended already: from other processes events may come first."""
+        for frame in reversed(self.frames):
+            if frame.seq <= delta.seq:
+                return False
+            if frame.type == EventType.RUN_RECOVERED or (
+                frame.node_id == delta.node_id and frame.type in _ENDS_SPEECH
+            ):
+                return True
+        return delta.seq < self.last - len(self.frames)  # what came between is not known here
 
     def _trim(self, room: int) -> None:
         """Make room for new frames: the ring is bounded in number and in bytes."""
@@ -165,6 +223,8 @@ class Feed:
         self._channels: dict[UUID, Channel] = {}
         self._nudge = asyncio.Event()
         self.readers = 0
+        self.listeners = 0
+        self.on_listener: Callable[[], None] = lambda: None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -181,6 +241,17 @@ class Feed:
         if channel is not None and not channel.push(frames):
             self._nudge.set()
 
+    def tell(self, delta: Delta) -> None:
+        """Text that is said just now, for the streams that follow its run, if there are any."""
+        channel = self._channels.get(delta.run_id)
+        if channel is not None and channel.listeners:
+            channel.tell(delta)
+
+    def has_listeners(self, run_id: UUID) -> bool:
+        """Whether a stream of this process takes the deltas of a run."""
+        channel = self._channels.get(run_id)
+        return channel is not None and channel.listeners > 0
+
     def nudge(self) -> None:
         """Something was committed by another process: look at the heads now."""
         self._nudge.set()
@@ -190,19 +261,29 @@ class Feed:
         for channel in self._channels.values():
             channel.wake()
 
-    def enter(self, run_id: UUID, last: int) -> Channel:
-        """The channel of a run, from now on kept fresh. `last` is a seq the reader knows of."""
+    def enter(self, run_id: UUID, last: int, *, listens: bool = False) -> Channel:
+        """The channel of a run, from now on kept fresh. `last` is a seq the reader knows of.
+
+        Who `listens` takes deltas, too, and says so again when it leaves.
+        """
         channel = self._channels.get(run_id)
         if channel is None:
             channel = self._channels[run_id] = Channel(run_id, last)
         channel.followers += 1
         self.readers += 1
+        if listens:
+            channel.listeners += 1
+            self.listeners += 1
+            self.on_listener()
         return channel
 
-    def leave(self, channel: Channel) -> None:
+    def leave(self, channel: Channel, *, listens: bool = False) -> None:
         """A reader is gone; the last one takes the channel with it."""
         channel.followers -= 1
         self.readers -= 1
+        if listens:
+            channel.listeners -= 1
+            self.listeners -= 1
         if channel.followers == 0:
             del self._channels[channel.run_id]
 

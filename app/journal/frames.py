@@ -13,6 +13,7 @@ import orjson
 
 from app.domain.events import TERMINAL_EVENTS, Event, Level, type_named
 from app.kit.clock import from_rfc3339, rfc3339
+from app.ports import Delta
 
 
 @dataclass(slots=True)  # not frozen: a dozen are made a run, and freezing costs thrice the time
@@ -59,6 +60,20 @@ def frame_of(seq: int, event_type: str, node_id: str | None, level: str, body: b
         level,
         b"id: %d\nevent: %b\ndata: %b\n\n" % (seq, event_type.encode(), body),
     )
+
+
+def delta_frame(delta: Delta) -> bytes:
+    """The SSE frame of a delta. It is no event of the journal, so it has no `id`."""
+    found: dict[str, Any] = {
+        "run_id": str(delta.run_id),
+        "node_id": delta.node_id,
+        "attempt": delta.attempt,
+    }
+    if delta.call is not None:
+        found["call"] = delta.call
+    found["piece"] = delta.piece
+    found["text"] = delta.text
+    return b"event: delta\ndata: %b\n\n" % orjson.dumps(found)
 
 
 def body_of(frame: Frame) -> bytes:

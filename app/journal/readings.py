@@ -1,4 +1,6 @@
-"""Who is told of frames that are durable, besides the feed: the tracers and the log of events."""
+"""Who is told of frames that are durable, besides the feed: tracers, and the logs of events and of
+records.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from uuid import UUID
 
 from app.journal.event_log import EventLog, FacetsOf
 from app.journal.frames import Frame
+from app.journal.record_log import RecordLog, RecordsWanted
 from app.journal.tracer import TraceLimits, Tracer
 from app.journal.writer import FrameSink
 from app.kit.metrics import Metrics
@@ -35,17 +38,20 @@ async def open_readings(
     exporters: Sequence[TraceExporter],
     limits: TraceLimits,
     facets_of: FacetsOf | None,
+    records: RecordsWanted,
 ) -> AsyncIterator[FrameSink]:
     """The sink for the journal: the feed itself when nothing else is asked for.
 
     Each exporter gets a tracer of its own, so that none waits for another. `facets_of` turns the
     log of events on.
     """
-    found: list[Tracer | EventLog] = [
+    found: list[Tracer | EventLog | RecordLog] = [
         Tracer(reader, exporter, metrics, limits) for exporter in exporters
     ]
     if facets_of is not None:
         found.append(EventLog(facets_of, metrics))
+    if records.kinds:
+        found.append(RecordLog(reader, metrics, records))
     try:
         yield _All([feed, *found]) if found else feed
     finally:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import orjson
@@ -16,6 +18,7 @@ import orjson
 from app.domain.chat import AnswerForm, ChatAnswer, ChatRole, Message, Prompt, StopReason
 from app.domain.errors import Fault
 from app.kit.json_gate import JsonRefused, parse_json
+from app.kit.json_pointer import escape, tokens
 
 FAULTS_TOLD_MAX = 20
 ANSWER_TOLD_MAX = 20_000
@@ -83,6 +86,38 @@ def _objects_in(text: str) -> Iterator[str]:
             found += 1
             yield text[at:end]
         at = text.find("{", end)
+
+
+_NAMES_A_KEY = {
+    "CONTRACT_ADDITIONAL_PROPERTIES": "properties that are not declared are not allowed",
+    "CONTRACT_UNEVALUATED_PROPERTIES": "properties that are not declared are not allowed",
+    "CONTRACT_PROPERTY_NAMES": "the name of a property is not allowed",
+    "JSON_DUPLICATE_KEY": "a key is there twice",
+}
+
+
+def without_names(fault: Fault, schema: Mapping[str, Any] | None) -> Fault:
+    """A fault as others than the model may be told: names that the schema lacks are the answer's.
+
+    The pointer goes as far as its names stand in the schema.
+    """
+    declared = set(_names_in(schema))
+    kept = takewhile(lambda name: name.isdigit() or name in declared, tokens(fault.pointer))
+    pointer = "".join(f"/{escape(name)}" for name in kept)
+    return replace(fault, message=_NAMES_A_KEY.get(fault.code, fault.message), pointer=pointer)
+
+
+def _names_in(schema: Any) -> Iterator[str]:
+    """Every name and text that stands in a schema."""
+    if isinstance(schema, str):
+        yield schema
+    elif isinstance(schema, Mapping):
+        yield from schema
+        for part in schema.values():
+            yield from _names_in(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            yield from _names_in(part)
 
 
 def repair_of(prompt: Prompt, bad: BadAnswer) -> tuple[Message, ...]:

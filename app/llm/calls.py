@@ -11,6 +11,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -30,6 +31,11 @@ from app.llm.catalog import Catalog, Model
 from app.ports import Breakers, Permit, Provider, Refused, Transition
 
 Reply = TypeVar("Reply", ChatAnswer, Embeddings)
+OnText = Callable[[str], None]
+
+
+def _unheard(call: int) -> AbstractAsyncContextManager[OnText | None]:
+    return nullcontext()
 
 
 @dataclass(slots=True)
@@ -38,7 +44,8 @@ class Asker:
 
     `holder` says who announces what the calls do to breakers: `run_id:epoch`. `deadline` is a time
     of the event loop. `say` takes the records of the calls, `heard` the changes of breakers.
-    `on_text` gets the answer piece by piece.
+    `answers` gives, for a call by its number, where the pieces of its answer go while they come;
+    None where nobody wants them.
     """
 
     tenant_id: str
@@ -47,7 +54,7 @@ class Asker:
     deadline: float
     say: Callable[[Event], None]
     heard: Callable[[Transition], None]
-    on_text: Callable[[str], None] | None = None
+    answers: Callable[[int], AbstractAsyncContextManager[OnText | None]] = _unheard
     calls: int = field(default=0, init=False)
 
     def tell(self, event_type: EventType, data: dict[str, Any], level: Level = Level.INFO) -> None:

@@ -9,6 +9,7 @@ else is repeated here: what a single call goes through is in `calls.py`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,16 +25,17 @@ from app.domain.chat import (
     PromptFailed,
 )
 from app.domain.events import EventType
-from app.llm.answers import BadAnswer, repair_of, value_of
+from app.llm.answers import BadAnswer, repair_of, value_of, without_names
 from app.llm.cache import AnswerCache, cache_key
-from app.llm.calls import Asker, ModelCalls, ModelRequest
+from app.llm.calls import Asker, BreakerOpenError, ModelCalls, ModelRequest
 from app.llm.catalog import Catalog, Model
 from app.llm.embedding import embed
 from app.llm.search import MODELS_MAX, NO_ANSWER, ModelSearch
 from app.llm.selector import Need
 from app.llm.tokens import texts_of
-from app.ports import Embedded
+from app.ports import Embedded, Provider
 
+PLAN_TOKENS_MAX = 16_000
 REPAIRED = ("invalid_json", "schema_validation_failed")
 
 
@@ -52,6 +54,23 @@ class Gateway:
         self._calls = calls
         self._cache = cache
         self._timeout_s = timeout_s
+        self._answering = frozenset(
+            model.provider
+            for model in catalog.models.values()
+            if ModelRole.CHAT in model.roles and model.json_mode and not catalog.unavailable(model)
+        )
+        self._refused_until: dict[str, float] = {}
+
+    @property
+    def is_up(self) -> bool:
+        """Whether a prompt has a chance now, as far as this process knows. No I/O.
+
+        Some model has to chat in JSON, at a provider whose breaker is not known to be open.
+        """
+        if not self._refused_until:
+            return bool(self._answering)
+        now = time.monotonic()
+        return any(self._refused_until.get(name, now) <= now for name in self._answering)
 
     async def complete(self, prompt: Prompt, asker: Asker) -> Completion:
         """What a model makes of the prompt. Raises `PromptFailed`."""
@@ -82,7 +101,7 @@ class Gateway:
                 search.gave_none(model, error)
             except BadAnswer as bad:
                 if bad.code not in REPAIRED:
-                    raise _bad(bad, model) from None
+                    raise _bad(bad, model, prompt) from None
                 return await self._escalate(prompt, bad, model, search, asker)
         raise search.failure()
 
@@ -93,12 +112,12 @@ class Gateway:
         search.passed_over[first.name] = bad.code
         model = search.next(ModelRole.RELIABLE)
         if model is None:
-            raise _bad(bad, first)
+            raise _bad(bad, first, prompt)
         try:
             repair = replace(prompt, role=ModelRole.RELIABLE, messages=repair_of(prompt, bad))
             found = await self._once(model, repair, asker)
         except BadAnswer as worse:
-            raise _bad(worse, model) from None
+            raise _bad(worse, model, prompt) from None
         except NO_ANSWER as error:
             search.gave_none(model, error)
             raise search.failure() from None
@@ -121,7 +140,7 @@ class Gateway:
 
         async def make() -> ChatAnswer:
             call = self._call_of(model, prompt, request, asker)
-            answer, value = await self._calls.call(call, asker)
+            answer, value = await self._called(call, asker)
             values.append(value)
             return answer
 
@@ -136,6 +155,17 @@ class Gateway:
             tool_calls=answer.tool_calls,
             is_cached=is_hit,
         )
+
+    async def _called(self, call: ModelRequest[ChatAnswer], asker: Asker) -> tuple[ChatAnswer, Any]:
+        """The reply; what the call tells of the provider's breaker is remembered for `is_up`."""
+        provider = call.model.provider
+        try:
+            found = await self._calls.call(call, asker)
+        except BreakerOpenError as refused:
+            self._refused_until[provider] = time.monotonic() + refused.retry_after_s
+            raise
+        self._refused_until.pop(provider, None)
+        return found
 
     async def _fetch(
         self,
@@ -162,8 +192,6 @@ class Gateway:
         answer, is_hit = await cache.fetch(key, asker.tenant_id, miss)
         if is_hit:
             asker.tell(EventType.CACHE_HIT, who)
-            if asker.on_text is not None:
-                asker.on_text(answer.text)
         return answer, is_hit
 
     def _request(self, model: Model, prompt: Prompt, asker: Asker) -> ChatRequest:
@@ -171,7 +199,7 @@ class Gateway:
             model=model.vendor_name,
             messages=prompt.messages,
             timeout_s=self._calls.timeout_s(model, self._timeout_s, asker),
-            output_tokens_max=prompt.output_tokens_max,
+            output_tokens_max=_output_tokens_max(model, prompt),
             temperature=prompt.temperature,
             form=prompt.form,
             schema=prompt.schema,
@@ -188,13 +216,28 @@ class Gateway:
             prompt_tokens=counter(texts_of(prompt.messages, prompt.tools, prompt.schema)),
             output_tokens_max=request.output_tokens_max or model.output_tokens_max,
             timeout_s=request.timeout_s,
-            send=lambda provider: provider.chat(request, asker.on_text),
+            send=lambda provider: _chat(provider, request, asker),
             output_tokens=lambda answer: counter([answer.text]),
             judge=partial(value_of, prompt),
         )
 
 
-def _bad(bad: BadAnswer, model: Model) -> PromptFailed:
+def _output_tokens_max(model: Model, prompt: Prompt) -> int | None:
+    """What the prompt says. A plan is no book: all that a model could write, at its price, would
+    count against the budget before it has written a word."""
+    if prompt.output_tokens_max is None and prompt.role is ModelRole.PLANNING:
+        return min(model.output_tokens_max, PLAN_TOKENS_MAX)
+    return prompt.output_tokens_max
+
+
+async def _chat(provider: Provider, request: ChatRequest, asker: Asker) -> ChatAnswer:
+    """The answer, streamed where somebody wants to see it grow."""
+    async with asker.answers(asker.calls) as on_text:
+        return await provider.chat(request, on_text)
+
+
+def _bad(bad: BadAnswer, model: Model, prompt: Prompt) -> PromptFailed:
+    faults = tuple(without_names(fault, prompt.schema) for fault in bad.faults)
     return PromptFailed(
-        bad.code, f"The answer of model {model.name} can not be used.", faults=bad.faults
+        bad.code, f"The answer of model {model.name} can not be used.", faults=faults
     )

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from decimal import Decimal
+from functools import partial
 
 from app.domain.chat import Completion, Prompt
 from app.domain.events import Event, EventType
+from app.journal.deltas import Deltas
 from app.kit.metrics import Metrics
 from app.llm.calls import Asker
 from app.llm.gateway import Gateway
@@ -20,16 +22,24 @@ from app.ports import Embedded, Transition
 
 class Asking:
     """One attempt of a node, as models are asked for it. `timeout_s` is what it has from now on.
+    Answers go to `deltas` while they are made.
 
     Made for every call, and most call no model: who asks is made at the first question.
     """
 
-    __slots__ = ("_asker", "_attempt", "_deadline", "_gateway", "_node_id", "_run")
+    __slots__ = ("_asker", "_attempt", "_deadline", "_deltas", "_gateway", "_node_id", "_run")
 
     def __init__(
-        self, gateway: Gateway, run: DrivenRun, node_id: str, attempt: int, timeout_s: float
+        self,
+        gateway: Gateway,
+        deltas: Deltas,
+        run: DrivenRun,
+        node_id: str,
+        attempt: int,
+        timeout_s: float,
     ) -> None:
         self._gateway = gateway
+        self._deltas = deltas
         self._run = run
         self._node_id = node_id
         self._attempt = attempt
@@ -47,6 +57,9 @@ class Asking:
     def _who(self) -> Asker:
         if self._asker is None:
             self._asker = asker_of(self._run, self._node_id, self._attempt, self._deadline)
+            self._asker.answers = partial(
+                self._deltas.answer, self._run.handle, self._node_id, self._attempt
+            )
         return self._asker
 
 
@@ -71,7 +84,7 @@ def asker_of(run: DrivenRun, node_id: str | None, attempt: int | None, deadline:
 
 
 def count_models(said: Said, metrics: Metrics) -> None:
-    """Add what a call tells of models to what this process counts."""
+    """Add what a call tells of models and tools to what this process counts."""
     for event in said.events:
         data = event.data
         if event.type is EventType.MODEL_SELECTED:
@@ -83,3 +96,5 @@ def count_models(said: Said, metrics: Metrics) -> None:
             metrics.llm_tokens[provider, "out"] += data["tokens_out"]
             metrics.llm_cost_usd[provider] += Decimal(data["cost_usd"])
             metrics.llm_durations.observe(provider, data["duration_ms"] / 1000)
+        elif event.type is EventType.TOOL_CALLED and data["duration_ms"] > 0:
+            metrics.calls.observe(data["capability_id"], data["duration_ms"] / 1000)

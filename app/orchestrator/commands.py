@@ -31,10 +31,11 @@ from app.journal.record import Append, Journal, RunHandle
 from app.kit import failpoints
 from app.kit.clock import rfc3339, to_datetime
 from app.kit.ids import created_ms, new_id, new_traceparent, span_id
-from app.orchestrator.outcomes import adopt_plan, plan_generated
+from app.orchestrator.plans import adopt_plan, plan_generated
 from app.orchestrator.run import DrivenRun, limits_of
 from app.orchestrator.runner import Runner
 from app.orchestrator.successor import Successor
+from app.planner.goals import check_goals, is_open
 from app.planner.plan_envelope import PlanLimits, output_contract_of, plan_envelope
 from app.registry.image import RegistryImage
 from app.store.append import NewRun
@@ -69,7 +70,11 @@ class Submission:
 
 @dataclass(slots=True)
 class Commands:
-    """The orders of clients, with what they need. Shared by all requests."""
+    """The orders of clients, with what they need. Shared by all requests.
+
+    `models_up`: whether a call of a model has a chance now, as far as this process knows;
+    `has_models`: whether any is configured.
+    """
 
     journal: Journal
     runner: Runner
@@ -78,6 +83,8 @@ class Commands:
     plan_limits: PlanLimits
     announce_work: Callable[[], None] = lambda: None
     submit_timeout_s: float = 5.0
+    models_up: Callable[[], bool] = lambda: True
+    has_models: bool = False
 
     def submit_run(
         self,
@@ -96,7 +103,11 @@ class Commands:
         run = self._new_run(tenant_id, envelope, body, image, once, traceparent)
         assert run.opening is not None
         start = [Event(EventType.RUN_START, {})]
-        if envelope.goal_graph is not None:
+        graph = envelope.goal_graph
+        if graph is not None and self.has_models and is_open(graph):
+            # A model chooses who does them, when they are ready.
+            check_goals(graph, image, self.plan_limits)
+        elif graph is not None:
             start.append(self._callers_plan(run, run.opening, image))
         return self._begin(run, start)
 

@@ -26,6 +26,7 @@ from app.domain.run import RunStatus
 from app.domain.signals import Signal
 from app.domain.snapshot import state_as_dict
 from app.domain.state import CapabilityKey, apply
+from app.domain.triggers import triggered
 from app.journal.errors import HeadDiverged, JournalClosed, JournalRejected, KeyTaken, LeaseLost
 from app.journal.record import Append, Journal
 from app.kit import failpoints
@@ -38,13 +39,12 @@ from app.orchestrator.outcomes import (
     complete,
     consume_signal,
     event_limit,
-    make_plan,
     outcome_events,
-    planned_events,
     run_failed,
     said_events,
 )
 from app.orchestrator.planning import ModelPlanner
+from app.orchestrator.plans import make_plan, planned_events
 from app.orchestrator.run import PLANNING, DrivenRun, Outcome, Planned, Said
 from app.planner.plan_envelope import PlanLimits
 from app.registry.image import RegistryImage
@@ -181,8 +181,9 @@ def _next_step(run: DrivenRun, drive: Drive) -> _Step:
             failpoints.hit("outcome.before_judged")
             step.note(run, outcome_events(run, item, step.append))
             _measure(run, item, drive.metrics)
+    _ask_policies(run, step)
     if state.status is RunStatus.RUNNING and not drive.is_leaving:
-        if state.plan is None and PLANNING not in run.calls:
+        if state.plan is None:
             _plan(run, drive, step)
         step.to_call += run.recall
         run.recall = []
@@ -191,13 +192,31 @@ def _next_step(run: DrivenRun, drive: Drive) -> _Step:
     return step
 
 
-def _plan(run: DrivenRun, drive: Drive, step: _Step) -> None:
-    """Plan at once, or let a model do it once this append is durable."""
-    if drive.planner is not None and drive.planner.takes(run):
-        step.to_plan = drive.planner
-        return
-    image, timed = drive.image(run.tenant_id), drive.limits.latency_record
-    step.note(run, make_plan(run, image, drive.plan_limits, step.append, timed=timed))
+def _ask_policies(run: DrivenRun, step: _Step) -> None:
+    """What ended in this turn may set a runtime policy off, in the same append."""
+    policies = run.envelope.policies.runtime
+    if policies and not run.state.status.is_terminal:
+        step.note(run, triggered(policies, step.append.events, run.state))
+
+
+def _plan(run: DrivenRun, drive: Drive, step: _Step) -> bool:
+    """Plan at once, or let a model do it once this append is durable, unless it does already.
+
+    Whether it is done.
+    """
+    planner = drive.planner
+    if PLANNING in run.calls:
+        return False
+    if planner is not None and planner.takes(run):
+        step.to_plan = planner
+        return False
+    planned = make_plan(
+        *(run, drive.image(run.tenant_id), drive.plan_limits, step.append),
+        models_up=planner is not None and planner.gateway.is_up,
+        timed=drive.limits.latency_record,
+    )
+    step.note(run, planned)
+    return True
 
 
 def _measure(run: DrivenRun, outcome: Outcome, metrics: Metrics) -> None:
@@ -224,6 +243,9 @@ def _decide(run: DrivenRun, drive: Drive, step: _Step) -> None:
     step.wake_at = decision.wake_at
     if decision.complete:
         step.note(run, complete(run, step.append))
+    elif decision.plan and _plan(run, drive, step):
+        _decide(run, drive, step)
+        return
     if state.plan is not None:
         for node_id in step.to_call:
             drive.executor.slots.take(run, state.plan.nodes[node_id])
@@ -248,7 +270,8 @@ def _close(run: DrivenRun, drive: Drive, step: _Step) -> None:
     append.status = state.status
     unsaved = state.seq - run.snapshot_seq
     parked = append.owner is None and not state.status.is_terminal
-    if unsaved > (0 if parked else max(SNAPSHOT_EVENTS_MIN, len(state.nodes))):
+    replanned = any(version > 1 for version, _ in append.plans)
+    if unsaved > (0 if parked or replanned else max(SNAPSHOT_EVENTS_MIN, len(state.nodes))):
         append.snapshots.append((state.seq, orjson.dumps(state_as_dict(state)).decode()))
         run.snapshot_seq = state.seq
 
@@ -256,7 +279,9 @@ def _close(run: DrivenRun, drive: Drive, step: _Step) -> None:
 def _only_waits(run: DrivenRun, step: _Step) -> bool:
     """Whether nothing of the run can happen for long: all that is left is a time to come."""
     state = run.state
-    if run.calls or state.running or state.ready or state.ready_limited or step.wake_at is None:
+    if run.calls or step.to_plan or step.wake_at is None:
+        return False
+    if state.running or state.ready or state.ready_limited:
         return False
     if any(retry_at <= step.now for retry_at in state.waiting.values()):
         return False  # due, and only lacks a slot
@@ -297,7 +322,8 @@ def _ask_for_slots(run: DrivenRun, drive: Drive) -> None:
     A run that may start nothing does not ask: it would be woken at once, for ever.
     """
     state = run.state
-    if state.status is not RunStatus.RUNNING or drive.is_leaving:
+    may_start = state.status is RunStatus.RUNNING and state.replan is None
+    if not may_start or drive.is_leaving:
         drive.executor.slots.pass_on()  # what woke us may have been our turn
         return
     if not state.ready_limited and not state.waiting:

@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
+from app.domain.capability import NodeKind
 from app.domain.errors import Conflict, Fault, NotFound, Unprocessable
-from app.domain.events import BlockReason
 from app.domain.run import NodeStatus, RunStatus
 from app.domain.signals import NodeDecision, Signal, SignalKind
-from app.domain.state import RunState
 from app.kit import failpoints
 from app.kit.ids import new_id
 from app.kit.json_pointer import escape
 from app.orchestrator.commands import Commands, once_of
 from app.orchestrator.resume import StoredRun, load_run
 from app.orchestrator.successor import successor_of
+from app.planner.plan_envelope import output_contract_of
 from app.registry.image import RegistryImage
 from app.store.signals import accept_signal, find_signal, wrong_state
 
@@ -105,7 +105,7 @@ class Orders:
                 return await self._succeed(stored, body, image, key)
             if stored.pruned or state.status not in _ALLOWED[SignalKind.RESUME]:
                 raise wrong_state(SignalKind.RESUME, stored.status)
-            _check_decisions(state, body.get("nodes") or {}, image)
+            _check_decisions(stored, body.get("nodes") or {}, image)
             # A resume answers one pause: should the run pause again, an old answer must not count.
             answer = {**signal.body, "paused_seq": state.paused_seq}
             return await self._send(tenant_id, replace(signal, body=answer), key)
@@ -204,21 +204,22 @@ def _check_plan_version(stored: StoredRun, body: Mapping[str, Any]) -> None:
 
 
 def _check_decisions(
-    state: RunState, decisions: Mapping[str, Mapping[str, Any]], image: RegistryImage
+    stored: StoredRun, decisions: Mapping[str, Mapping[str, Any]], image: RegistryImage
 ) -> None:
-    """Decisions are about nodes with an unknown outcome, and every such node needs one."""
+    """Decisions are about nodes that wait for a person, and every such node needs one."""
+    state = stored.state
     faults: list[Fault] = []
     for node_id, given in decisions.items():
         pointer = f"/nodes/{escape(node_id)}"
         node = state.nodes.get(node_id)
         if node is None:
             faults.append(Fault("UNKNOWN_NODE", f"The plan has no node {node_id!r}.", pointer))
-        elif node.status is not NodeStatus.BLOCKED or node.reason != BlockReason.UNKNOWN_OUTCOME:
+        elif node.status is not NodeStatus.BLOCKED or not node.awaits_human:
             message = f"Node {node_id!r} does not wait for a decision, it is {node.status}."
             faults.append(Fault("NODE_NOT_WAITING", message, pointer))
         elif given["decision"] == NodeDecision.DONE:
-            faults += _check_output(state, node_id, given, pointer, image)
-    missing = [node_id for node_id in state.unknown_outcomes() if node_id not in decisions]
+            faults += _check_output(stored, node_id, given, pointer, image)
+    missing = [node_id for node_id in state.awaiting_human() if node_id not in decisions]
     faults += [
         Fault("DECISION_MISSING", f"Node {node_id!r} needs a decision.", "/nodes")
         for node_id in missing
@@ -228,17 +229,23 @@ def _check_decisions(
 
 
 def _check_output(
-    state: RunState, node_id: str, given: Mapping[str, Any], pointer: str, image: RegistryImage
+    stored: StoredRun, node_id: str, given: Mapping[str, Any], pointer: str, image: RegistryImage
 ) -> list[Fault]:
-    """An output that an operator supplies passes the same contract as one that was computed."""
-    assert state.plan is not None
-    plan_node = state.plan.nodes[node_id]
+    """An output that an operator supplies passes the same contract as one that was computed; that
+    of a fallback is the output of the run."""
+    assert stored.state.plan is not None
+    assert stored.envelope is not None
+    plan_node = stored.state.plan.nodes[node_id]
     if "output" not in given:
         return [Fault("OUTPUT_MISSING", "A node declared done needs its output.", pointer)]
-    capability = image.get(plan_node.capability_id, plan_node.capability_version)
-    if capability is None:
-        return []
+    if plan_node.kind is NodeKind.FALLBACK:
+        contract = output_contract_of(stored.envelope, image)
+    else:
+        capability = image.get(plan_node.capability_id, plan_node.capability_version)
+        if capability is None:
+            return []
+        contract = capability.output
     return [
         Fault(fault.code, fault.message, f"{pointer}/output{fault.pointer}", facet=fault.facet)
-        for fault in capability.output.violations(given["output"])
+        for fault in contract.violations(given["output"])
     ]

@@ -1,4 +1,4 @@
-"""What happened, as events: ended calls, consumed signals, a finished plan, the planner's answer.
+"""What happened, as events: ended calls, consumed signals, and the end of the run.
 
 Everything here turns something that arrived into events of the loop's next append, and keeps the
 outputs that later nodes need. Big values become blobs of the same append.
@@ -8,27 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import random
-import time
 from typing import Any
 
 import orjson
 
 from app.domain.decide import judge_failure
-from app.domain.errors import Fault, PlanRejected
+from app.domain.errors import Fault
 from app.domain.events import BlockReason, Event, EventType, Level, error_data
-from app.domain.plan import OutputSource, Plan
-from app.domain.plan_json import plan_as_dict
+from app.domain.plan import OutputSource
 from app.domain.signals import Signal, apply_signal
 from app.journal.record import Append
-from app.kit.clock import now_ms, rfc3339
 from app.kit.json_pointer import PointerMissing, resolve
-from app.orchestrator.run import DrivenRun, Outcome, Planned, Said
-from app.planner.plan_envelope import PlanLimits, plan_envelope
+from app.orchestrator.run import DrivenRun, Outcome, Said
 from app.ports import Refused, Transition, TransitionKind
-from app.registry.image import RegistryImage
 
 INLINE_VALUE_BYTES_MAX = 64 * 1024
-PLAN_NODES_IN_EVENT_MAX = 256
 
 
 def outcome_events(run: DrivenRun, outcome: Outcome, append: Append) -> list[Event]:
@@ -109,62 +103,6 @@ def consume_signal(run: DrivenRun, signal: Signal, append: Append) -> list[Event
             event.data = {**value_data("output", raw, append), **event.data}
     append.signals.append((signal.signal_id, applied.outcome))
     return applied.events
-
-
-def make_plan(
-    run: DrivenRun, image: RegistryImage, limits: PlanLimits, append: Append, *, timed: bool
-) -> list[Event]:
-    """Ask the planner. A plan that it can not make ends the run with the diagnostics."""
-    requested = Event(EventType.PLAN_REQUESTED, {"attempt": 1, "phase": "initial"})
-    started = time.perf_counter()
-    try:
-        plan = plan_envelope(
-            run.envelope,
-            image,
-            run_id=run.handle.text_id,
-            created_at=rfc3339(now_ms()),
-            limits=limits,
-        )
-    except PlanRejected as rejected:
-        diagnostics = [fault.as_dict() for fault in rejected.faults]
-        data = {"attempt": 1, "phase": "initial", "diagnostics": diagnostics}
-        event = Event(EventType.PLAN_REJECTED, data, level=Level.ERROR)
-        return [requested, event, run_failed("plan_rejected", rejected.detail)]
-    planning_ms = (time.perf_counter() - started) * 1000 if timed else None
-    adopt_plan(run, plan, append)
-    return [requested, plan_generated(plan, planning_ms)]
-
-
-def planned_events(run: DrivenRun, planned: Planned, append: Append, *, timed: bool) -> list[Event]:
-    """What planning by a model came to; the handshake before it is in the journal already."""
-    if planned.plan is None:
-        assert planned.rejected is not None
-        return [run_failed("plan_rejected", planned.rejected.detail)]
-    adopt_plan(run, planned.plan, append)
-    return [plan_generated(planned.plan, planned.planning_ms if timed else None)]
-
-
-def adopt_plan(run: DrivenRun, plan: Plan, append: Append) -> None:
-    """Make a plan version known to the state, and durable with this append."""
-    run.state.plans = {**run.state.plans, plan.version: plan}
-    append.plans.append((plan.version, orjson.dumps(plan_as_dict(plan)).decode()))
-
-
-def plan_generated(plan: Plan, planning_ms: float | None) -> Event:
-    """The event that puts a plan version into force. Big plans are only counted, not listed."""
-    data: dict[str, Any] = {
-        "version": plan.version,
-        "author": plan.author,
-        "node_count": len(plan.nodes),
-    }
-    if len(plan.nodes) <= PLAN_NODES_IN_EVENT_MAX:
-        data["nodes"] = [
-            {"id": node.id, "capability_id": node.capability_id, "requires": node.requires}
-            for node in plan.nodes.values()
-        ]
-    if planning_ms is not None:
-        data["planning_ms"] = round(planning_ms, 3)
-    return Event(EventType.PLAN_GENERATED, data, plan_version=plan.version)
 
 
 def complete(run: DrivenRun, append: Append) -> list[Event]:

@@ -17,8 +17,10 @@ from app.kit.clock import now_ms, rfc3339
 from app.llm.gateway import Gateway
 from app.orchestrator.ask import asker_of
 from app.orchestrator.run import PLANNING, DrivenRun, Planned, Said
+from app.planner.goals import is_open
 from app.planner.plan_envelope import PlanLimits
 from app.planner.propose import propose_plan
+from app.planner.replan import progress_of
 from app.registry.image import RegistryImage
 
 PLANNING_S = 300.0
@@ -27,25 +29,34 @@ PLANNING_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class ModelPlanner:
-    """Plans the envelopes that ask for it (`policies.planner.strategy`)."""
+    """Plans the envelopes that ask for it (`policies.planner.strategy`), and chooses who does the
+    goals of a graph that names no capabilities."""
 
     gateway: Gateway
     limits: PlanLimits
 
     def takes(self, run: DrivenRun) -> bool:
-        """Whether this run is planned by a model. A caller's goal graph is a plan already."""
-        envelope = run.envelope
-        return envelope.goal_graph is None and envelope.policies.planner.strategy == "llm"
+        """Whether the next plan of this run is a model's. A goal graph that names its capabilities
+        is a plan already, but what takes its place may be one."""
+        graph = run.envelope.goal_graph
+        if graph is not None and (is_open(graph) or run.state.plan is None):
+            return is_open(graph)
+        return run.envelope.policies.planner.strategy == "llm"
 
     def start(self, run: DrivenRun, image: RegistryImage) -> None:
         """Plan in a task; the result comes to the inbox of the run."""
         run.calls[PLANNING] = asyncio.create_task(self._plan(run, image), name="planning")
 
     async def _plan(self, run: DrivenRun, image: RegistryImage) -> None:
+        attempt = 1
+
         def tell(event: Event) -> None:
+            nonlocal attempt
+            attempt = event.data["attempt"]
             run.inbox.put(Said((event,)))
 
         started = time.perf_counter()
+        progress = progress_of(run.state, run.outputs, run.envelope)
         asker = asker_of(run, None, None, asyncio.get_running_loop().time() + _time_for(run))
         try:
             plan = await propose_plan(
@@ -56,10 +67,11 @@ class ModelPlanner:
                 run_id=run.handle.text_id,
                 created_at=rfc3339(now_ms()),
                 limits=self.limits,
+                progress=progress,
             )
-            planned = Planned(plan, (time.perf_counter() - started) * 1000)
+            planned = Planned(plan, progress, (time.perf_counter() - started) * 1000)
         except PlanRejected as rejected:
-            planned = Planned(None, 0.0, rejected)
+            planned = Planned(None, progress, 0.0, rejected, attempt)
         run.calls.pop(PLANNING, None)
         run.inbox.put(planned)
 

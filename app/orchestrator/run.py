@@ -17,6 +17,7 @@ from app.domain.plan import Plan
 from app.domain.signals import Signal
 from app.domain.state import CapabilityKey, RunState
 from app.journal.record import Append, RunHandle
+from app.planner.replan import Progress
 from app.ports import Refused, Transition
 
 
@@ -48,11 +49,16 @@ class Said:
 
 @dataclass(slots=True)
 class Planned:
-    """What planning by a model came to: a plan, or why there is none."""
+    """What planning by a model came to: a plan, or why there is none at this attempt.
+
+    `progress` is what it was made for; None for the first plan of a run.
+    """
 
     plan: Plan | None
+    progress: Progress | None
     planning_ms: float
     rejected: PlanRejected | None = None
+    attempt: int = 1
 
 
 Item = Outcome | Signal | Said | Planned
@@ -133,6 +139,11 @@ class DrivenRun:
     takes: int = 0
     received: set[UUID] = field(default_factory=set)
     account: Account | None = None
+
+    @property
+    def holder(self) -> str:
+        """Who announces what its calls do to breakers."""
+        return f"{self.handle.text_id}:{self.handle.epoch}"
 
     def receive(self, signal: Signal) -> None:
         """Put a signal into the inbox, once: it is found again until it is consumed."""

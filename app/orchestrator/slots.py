@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
 from app.domain.plan import PlanNode
 from app.domain.state import CapabilityKey
@@ -50,6 +51,28 @@ class Slots:
         key = self._key(node)
         self._waiting.setdefault(key, {})[id(run.inbox)] = run.inbox
         self._poke_next(key)
+
+    @asynccontextmanager
+    async def held(self, key: CapabilityKey, limit: int) -> AsyncIterator[None]:
+        """A slot for a call that no plan knows of. It waits in the same line as runs do."""
+        self._limits[key] = limit
+        turn = Inbox()
+        try:
+            while self._used.get(key, 0) >= limit:
+                self._waiting.setdefault(key, {})[id(turn)] = turn
+                await turn.wait(None)
+                turn.take()
+        except BaseException:
+            # It may have been woken just now: then the turn is the next one's.
+            self._waiting.get(key, {}).pop(id(turn), None)
+            self._poke_next(key)
+            raise
+        self._used[key] = self._used.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            self._used[key] -= 1
+            self._poke_next(key)
 
     def pass_on(self) -> None:
         """A run that was woken for a slot may not have taken it: the next in line looks."""

@@ -28,7 +28,8 @@ from app.kit import failpoints
 from app.kit.clock import now_ms
 from app.kit.ids import created_ms
 from app.orchestrator.lease import Lease
-from app.orchestrator.outcomes import plan_generated, run_failed
+from app.orchestrator.outcomes import run_failed
+from app.orchestrator.plans import plan_generated
 from app.orchestrator.resume import load_outputs, load_run
 from app.orchestrator.run import DrivenRun, limits_of
 from app.orchestrator.runner import Runner

@@ -8,7 +8,8 @@ Decided here, where the design is silent:
     - A facet that is both given and asked for is passed through, unless all that is asked for is
       given: then it is to be made anew (a translation of a text into a text, say).
     - `selection.require` puts a capability into the plan even if nothing needs its output;
-      `prefer` makes it all but free; `avoid` uses it only if nothing else will do.
+      `prefer` makes it all but free; `avoid` uses it only if nothing else will do. What else makes
+      one way cheaper than another is in `price.py`.
     - A json_schema output is assembled from its required properties that name facets, or from all
       of them if none is required.
 """
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.domain.contract import Contract, instructions_of
-from app.domain.envelope import NODE_ID_PATTERN, Envelope, Selection
+from app.domain.envelope import NODE_ID_PATTERN, Envelope, Objective, Selection
 from app.domain.errors import Fault
 from app.domain.plan import Author, Bound
 from app.kit.json_pointer import escape
@@ -38,6 +39,7 @@ from app.planner.hypergraph import (
     hypergraph_of,
     search,
 )
+from app.planner.price import pricing
 from app.planner.view import wants_of
 from app.registry.image import RegistryImage
 
@@ -45,8 +47,6 @@ REFUSED = "no plan can be assembled"
 NODE_ID = re.compile(NODE_ID_PATTERN)
 NODE_ID_MAX = 100
 NAMED_MAX = 5
-PREFERRED_PRICE = 1
-AVOIDED_PRICE = 1_000_000
 
 
 @dataclass(slots=True)
@@ -59,6 +59,8 @@ class _Task:
     goals: list[str]
     must: list[Edge]
     price: Price
+    objective: Objective | None
+    models_up: bool
 
     def search(self, *, shallow: bool = False, among: Collection[int] | None = None) -> Derivation:
         """The cheapest derivation; `among` allows only the capabilities of these ranks."""
@@ -68,7 +70,15 @@ class _Task:
             def price(edge: Edge) -> int | None:
                 return self.price(edge) if edge.rank in among else None
 
-        return search(self.graph, self.at_hand, self.goals, self.must, price, shallow=shallow)
+        return search(
+            self.graph,
+            self.at_hand,
+            self.goals,
+            self.must,
+            price,
+            shallow=shallow,
+            side_by_side=self.objective is Objective.SPEED,
+        )
 
     def is_reached_by(self, found: Derivation) -> bool:
         """Whether a search reached every goal and every required capability."""
@@ -78,9 +88,17 @@ class _Task:
 
 
 def assemble(
-    envelope: Envelope, image: RegistryImage, output: Contract, limits: PlanLimits
+    envelope: Envelope,
+    image: RegistryImage,
+    output: Contract,
+    limits: PlanLimits,
+    *,
+    models_up: bool = True,
+    run_id: str = "",
 ) -> Draft:
     """The draft of the cheapest plan. Deterministic, whatever order things were registered in.
+
+    `models_up`: a call of a model has a chance now. `run_id` is what plans for diversity vary with.
 
     Raises `PlanRejected` with CAPABILITY_MISSING (which facet can not be produced, and what its
     producers lack), INPUT_MISMATCH (an input names a facet and breaks its schema, and nothing else
@@ -90,13 +108,16 @@ def assemble(
     faults: list[Fault] = []
     at_hand, misfits = _at_hand(envelope.inputs, image)
     graph = hypergraph_of(image)
-    selection = envelope.policies.planner.selection
+    policies = envelope.policies.planner
+    selection = policies.selection
     must = _required_edges(selection, image, graph, faults)
     goals = _goals(output, envelope.inputs, image, faults)
     if not faults and not goals and not must:
         faults.append(_nothing_asked(output))
     reject_if(REFUSED, faults)
-    task = _Task(image, graph, at_hand, goals, must, _pricing(selection))
+    price = pricing(policies, graph, at_hand, models_up=models_up, run_id=run_id)
+    objective = policies.optimisation.objective
+    task = _Task(image, graph, at_hand, goals, must, price, objective, models_up)
     passed = [goal for goal in goals if goal in at_hand]
     if len(passed) < len(goals) or must:
         task.goals = [goal for goal in goals if goal not in at_hand]
@@ -195,23 +216,6 @@ def _nothing_asked(output: Contract) -> Fault:
         " properties of a schema, or give a goal_graph",
         "/output_contract",
     )
-
-
-def _pricing(selection: Selection) -> Price:
-    forbidden, preferred = frozenset(selection.forbid), frozenset(selection.prefer)
-    avoided = frozenset(selection.avoid)
-    if not forbidden and not preferred and not avoided:
-        return lambda edge: edge.price
-
-    def price(edge: Edge) -> int | None:
-        name = edge.capability.capability_id
-        if name in forbidden:
-            return None
-        if name in avoided:
-            return edge.price + AVOIDED_PRICE
-        return PREFERRED_PRICE if name in preferred else edge.price
-
-    return price
 
 
 def _asked_at(output: Contract, name: str) -> str:
@@ -394,5 +398,9 @@ def _reason(call: Call) -> str:
 
 def _rationale(task: _Task, calls: list[Call]) -> str:
     goals = ", ".join(task.goals) or "what the policies require"
-    cost = sum(task.price(call.edge) or 0 for call in calls)
-    return f"cheapest way to {goals} in the registry: {len(calls)} calls, cost {cost / 1_000:g}"
+    if task.objective is None:
+        cost = sum(task.price(call.edge) or 0 for call in calls)
+        return f"cheapest way to {goals} in the registry: {len(calls)} calls, cost {cost / 1_000:g}"
+    is_down = task.objective is Objective.QUALITY and not task.models_up
+    note = ", without a model because none is up" if is_down else ""
+    return f"best way to {goals} in the registry for {task.objective}: {len(calls)} calls{note}"

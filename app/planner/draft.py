@@ -56,8 +56,9 @@ class DraftNode:
 
 @dataclass(slots=True)
 class Draft:
-    """A proposed plan."""
+    """A proposed plan, or with `open_goals` a part of one: later versions give the output."""
 
     author: Author
     nodes: Sequence[DraftNode]
     rationale: str = ""
+    open_goals: tuple[str, ...] = ()

@@ -7,12 +7,14 @@ Dijkstra's algorithm", Information Processing Letters 6(1), 1977, with the super
     cost(call) = price of the capability + the sum of the costs of its required facets
 
 The sum counts a facet that is used twice twice, as is usual: the true cheapest set of calls is
-NP-hard (it contains set cover). `assemble` merges what is shared afterwards.
+NP-hard (it contains set cover). `assemble` merges what is shared afterwards. Where prices are
+times, the longest of the required facets counts instead of their sum, which is superior as well.
 """
 
 from __future__ import annotations
 
 import heapq
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -134,18 +136,21 @@ def search(
     price: Price,
     *,
     shallow: bool = False,
+    side_by_side: bool = False,
 ) -> Derivation:
     """The cheapest derivation of the goals and of the calls in `must` from the facets at hand.
 
     `price` gives a capability's price, None to leave it out. `shallow` minimises depth instead
-    (`1 + max` is superior as well) and lets cost break ties. A goal that is at hand is derived all
-    the same. Touches only capabilities that can contribute and stops when all goals are reached;
-    a goal that can not be derived is missing from `maker`, a call of `must` from `calls`.
+    (`1 + max` is superior as well) and lets cost break ties. `side_by_side`: of all that a call
+    needs, only the dearest counts. A goal that is at hand is derived all the same. Touches only
+    capabilities that can contribute and stops when all goals are reached; a goal that can not be
+    derived is missing from `maker`, a call of `must` from `calls`.
     """
     open_goals = set(goals)
     must = list(must)
     open_calls = {edge.rank for edge in must}
     pending, takers = _relevant(graph, at_hand, open_goals, must, price)
+    join = max if side_by_side else operator.add
     found = Derivation(relevant=[known.edge for known in pending.values()])
     heap: list[tuple[int, int, int]] = []
 
@@ -169,7 +174,7 @@ def search(
             found.maker[facet] = call
             open_goals.discard(facet)
             for taker in takers.get(facet, ()):
-                taker.spent += cost
+                taker.spent = join(taker.spent, cost)
                 taker.unmet -= 1
                 if deep > taker.depth:
                     taker.depth = deep

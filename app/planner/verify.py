@@ -8,17 +8,19 @@ one needs ends the verification when it found faults; within a stage all faults 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from app.domain.capability import Capability, CapabilityStatus
 from app.domain.contract import Contract
 from app.domain.envelope import Envelope, ProofMode
 from app.domain.errors import Fault
-from app.domain.plan import Plan, PlanNode, children_of
+from app.domain.plan import OutputSource, Plan, PlanNode, children_of
 from app.kit.json_pointer import escape
 from app.planner.draft import RESERVED_NODE_IDS, Draft, DraftNode, PlanLimits, reject_if
 from app.planner.order import Node, in_order, unplaced_faults
 from app.planner.output import prove_output
 from app.planner.prove import Prover
+from app.planner.replan import Progress, kept_drafts
 from app.planner.view import view_of
 from app.registry.image import RegistryImage
 
@@ -34,17 +36,25 @@ def verify(
     run_id: str,
     created_at: str,
     limits: PlanLimits,
+    progress: Progress | None = None,
 ) -> Plan:
     """The plan of a draft, with its proof. Its nodes are in topological order.
 
-    Raises `PlanRejected` with LIMIT_EXCEEDED, DUPLICATE_NODE, RESERVED_NODE_ID, UNKNOWN_NODE,
-    CAPABILITY_NOT_REGISTERED, CAPABILITY_INACTIVE, SELECTION_CONFLICT, CYCLE, INPUT_UNBOUND,
-    INPUT_MISMATCH, OUTPUT_FACET_UNCOVERED, OUTPUT_MISMATCH, PROOF_TOO_WEAK.
+    With `progress` it is the next version: nodes that are kept come first, as they are. With open
+    goals nothing is said yet of the output, nor of what the policies require. Raises `PlanRejected`
+    with LIMIT_EXCEEDED, DUPLICATE_NODE, RESERVED_NODE_ID, UNKNOWN_NODE, CAPABILITY_NOT_REGISTERED,
+    CAPABILITY_INACTIVE, SELECTION_CONFLICT, CYCLE, INPUT_UNBOUND, INPUT_MISMATCH,
+    OUTPUT_FACET_UNCOVERED, OUTPUT_MISMATCH, PROOF_TOO_WEAK, OUTCOME_UNKNOWN.
     """
     faults: list[Fault] = []
+    kept: Mapping[str, PlanNode] = {}
+    if progress is not None:
+        kept = progress.kept
+        _check_doubt(draft, progress, faults)
+        draft = replace(draft, nodes=[*kept_drafts(progress), *draft.nodes])
     _check_count("nodes", len(draft.nodes), limits.nodes_max, draft, faults)
     reject_if(REFUSED, faults)
-    nodes = _resolve(draft, image, faults)
+    nodes = _resolve(draft, image, kept, faults)
     _check_selection(draft, envelope, faults)
     _check_count("edges", _edge_count(nodes), limits.edges_max, draft, faults)
     reject_if(REFUSED, faults)
@@ -55,22 +65,44 @@ def verify(
     _check_count("depth", max(node.level for node in order), limits.depth_max, draft, faults)
     strict = envelope.constraints.proof is ProofMode.STRICT
     prover = Prover(nodes, envelope.inputs, strict=strict)
+    if progress is not None:
+        # They need none but each other. Of several that make a part of the output the last counts,
+        # and that has to be a new one.
+        order.sort(key=lambda node: node.draft.id not in kept)
+        prover.steps += progress.kept_proof
     for node in order:
-        prover.prove_inputs(node)
-    output = prove_output(output_contract, order, envelope.inputs, prover, strict=strict)
+        if node.draft.id not in kept:
+            prover.prove_inputs(node)
+    output: tuple[OutputSource, ...] = ()
+    if not draft.open_goals:
+        output = prove_output(output_contract, order, envelope.inputs, prover, strict=strict)
     reject_if(REFUSED, faults + prover.faults)
-    planned = {node.draft.id: _planned(node) for node in order}
+    planned = {node.draft.id: kept.get(node.draft.id) or _planned(node) for node in order}
     return Plan(
         run_id,
-        1,
+        1 if progress is None else progress.plan.version + 1,
         created_at,
-        draft.author,
+        draft.author if progress is None else progress.author_of(draft),
         planned,
         output,
         tuple(prover.steps),
         draft.rationale,
         children_of(planned),
+        draft.open_goals,
     )
+
+
+def _check_doubt(draft: Draft, progress: Progress, faults: list[Fault]) -> None:
+    """What may have happened in a node that awaits a decision is not done again by another one."""
+    doubtful = {
+        node.capability_id
+        for node_id, node in progress.kept.items()
+        if node_id not in progress.outputs
+    }
+    for node in draft.nodes:
+        if node.capability_id in doubtful:
+            why = f"nobody knows yet whether an earlier call of {node.capability_id!r} took effect"
+            _refuse(faults, "OUTCOME_UNKNOWN", why, node, "/capability")
 
 
 def _check_count(
@@ -82,7 +114,9 @@ def _check_count(
         faults.append(Fault("LIMIT_EXCEEDED", f"{message}; {allowed_max} is the limit", pointer))
 
 
-def _resolve(draft: Draft, image: RegistryImage, faults: list[Fault]) -> dict[str, Node]:
+def _resolve(
+    draft: Draft, image: RegistryImage, kept: Mapping[str, PlanNode], faults: list[Fault]
+) -> dict[str, Node]:
     """The nodes with their capabilities, by id; those without a capability are left out."""
     nodes: dict[str, Node] = {}
     taken: set[str] = set()
@@ -94,7 +128,7 @@ def _resolve(draft: Draft, image: RegistryImage, faults: list[Fault]) -> dict[st
         if node.id in RESERVED_NODE_IDS:
             why = f"the node id {node.id!r} names the run's inputs in bindings"
             _refuse(faults, "RESERVED_NODE_ID", why, node, "/id")
-        capability = _capability_of(node, image, faults)
+        capability = _capability_of(node, image, faults, is_kept=node.id in kept)
         if capability is not None:
             nodes[node.id] = Node(
                 node,
@@ -109,7 +143,10 @@ def _resolve(draft: Draft, image: RegistryImage, faults: list[Fault]) -> dict[st
     return nodes
 
 
-def _capability_of(node: DraftNode, image: RegistryImage, faults: list[Fault]) -> Capability | None:
+def _capability_of(
+    node: DraftNode, image: RegistryImage, faults: list[Fault], *, is_kept: bool
+) -> Capability | None:
+    """The capability of a node; one whose work is done need not be active any more."""
     name, version, where = node.capability_id, node.capability_version, "/capability"
     if version is None:
         found = image.newest(name)
@@ -118,7 +155,7 @@ def _capability_of(node: DraftNode, image: RegistryImage, faults: list[Fault]) -
         is_known = image.is_known(name)
     else:
         found = image.get(name, version)
-        if found is not None and found.status is CapabilityStatus.ACTIVE:
+        if found is not None and (is_kept or found.status is CapabilityStatus.ACTIVE):
             return found
         is_known = found is not None
         name, where = f"{name} {version}", "/capability_version"
@@ -165,7 +202,8 @@ def _refuse(faults: list[Fault], code: str, message: str, node: DraftNode, suffi
 
 
 def _check_selection(draft: Draft, envelope: Envelope, faults: list[Fault]) -> None:
-    """The capabilities that the envelope's policies require and forbid."""
+    """The capabilities that the envelope's policies require and forbid. What is required may be
+    chosen for a goal that is open."""
     selection = envelope.policies.planner.selection
     if not selection.require and not selection.forbid:
         return
@@ -175,7 +213,7 @@ def _check_selection(draft: Draft, envelope: Envelope, faults: list[Fault]) -> N
             why = f"capability {node.capability_id!r} is forbidden by the policies"
             _refuse(faults, "SELECTION_CONFLICT", why, node, "/capability")
     for index, required in enumerate(selection.require):
-        if required not in used:
+        if required not in used and not draft.open_goals:
             faults.append(
                 Fault(
                     "SELECTION_CONFLICT",

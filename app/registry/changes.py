@@ -15,6 +15,7 @@ from typing import NamedTuple
 from app.domain.capability import Capability, CapabilityKind, CapabilityStatus, Registration
 from app.domain.errors import Conflict, ContractError, Fault, Unprocessable
 from app.domain.facet import Facet
+from app.domain.tools import tool_faults
 from app.registry.loaded import Check, Loaded, compile_registration, read_rows, seen
 from app.registry.seed import facets_to_seed, registrations_to_seed
 from app.store.registry import CapabilityKey, CapabilityRow, RegistryChange
@@ -50,7 +51,11 @@ async def register(
             code="capability_is_builtin",
         )
     capability = compile_registration(registration, loaded.facets, datetime.now(UTC))
-    if faults := check(capability):
+
+    def find(capability_id: str, version: str | None) -> Capability | None:
+        return loaded.image.find(capability_id, version)  # built only for what has tools
+
+    if faults := check(capability) or tool_faults(capability, find):
         raise Unprocessable(
             "The registration can not be run.", code="registration_invalid", faults=faults
         )

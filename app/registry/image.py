@@ -88,6 +88,12 @@ class RegistryImage:
         """The version to plan when none is named: of the active ones the last registered."""
         return self._active.get(capability_id)
 
+    def find(self, capability_id: str, version: str | None) -> Capability | None:
+        """This version, or the newest active one when none is named."""
+        if version is None:
+            return self.newest(capability_id)
+        return self.get(capability_id, version)
+
     def is_known(self, capability_id: str) -> bool:
         """Whether any version was ever registered, active or not."""
         return capability_id in self._versions

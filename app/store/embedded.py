@@ -1,7 +1,7 @@
 """A real Postgres for a service that was given none: started here, shared between processes,
 stopped by the last one.
 
-For `bootstrap.py` and the tests. The server itself belongs to a supervisor process
+For `bootstrap/` and the tests. The server itself belongs to a supervisor process
 (`embedded_supervisor.py`), so that no user of it has to stay alive for the others. Each user holds
 a shared flock on `users.lock`; the kernel gives that back however the process ends, and with the
 last one the server is stopped.

@@ -57,6 +57,10 @@ DRAFT = {
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("bash", "curl", "sed"))), reason="the README needs bash, curl, sed"
 )
+CHOICES = (
+    '{"node": "outline", "capability": "document.outline"}',
+    '{"node": "headline", "capability": "release.headline"}',
+)
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ async def terminal(
     dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Terminal]:
     async with running_model_server() as models:
-        models.say(HEADLINE, orjson.dumps(DRAFT).decode())
+        models.say(HEADLINE, orjson.dumps(DRAFT).decode(), *CHOICES, HEADLINE)
         monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
         monkeypatch.setenv("OPENAI_BASE_URL", f"{models.url}/v1")
         async with _terminal(dsn, tmp_path) as terminal:

@@ -442,6 +442,7 @@ async def test_every_example_in_the_document_is_accepted(
     assert shown >= 3
 
 
+@pytest.mark.usefixtures("untraced")
 async def test_no_request_makes_the_service_fail_or_break_its_contract(
     service: RunningService,
 ) -> None:

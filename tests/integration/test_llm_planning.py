@@ -7,73 +7,27 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 import pytest_asyncio
 
 from tests.conftest import fresh_database
 from tests.far_side import answer
+from tests.farm import (
+    GOOD,
+    INVENTED,
+    VERDICT,
+    advise,
+    drill,
+    envelope,
+    settle,
+)
 from tests.model_server import ModelServer, running_model_server
 from tests.model_service import service_with
 from tests.service import RunningService
 from tests.shared_service import audit, until
-from tests.tools import Tool, respond, running_tool
+from tests.tools import running_tool
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-PLACE, SOIL, VERDICT = "site", "drill_core", "crop_advice"
-
-
-def facet(name: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "title": name,
-        "schema": {"type": "string"},
-        "semantics": f"The {name}.",
-    }
-
-
-def capability(tool: Tool, name: str, takes: str, gives: str) -> dict[str, Any]:
-    """A tool of a domain that no line of the program knows."""
-    return {
-        "capability_id": f"agronomy.{name}",
-        "version": "1.0.0",
-        "display_name": name,
-        "summary": f"Makes {gives} of {takes}.",
-        "kind": "http",
-        "effect": "pure",
-        "input_contract": {"facets": [takes]},
-        "output_contract": {"facets": [gives]},
-        "config": {"url": f"http://127.0.0.1:{tool.port}/{name}"},
-    }
-
-
-async def _drill(tool: Tool, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-    respond(writer, 200, {SOIL: f"loam of {body['inputs'][PLACE]}"})
-
-
-async def _advise(tool: Tool, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-    respond(writer, 200, {VERDICT: f"oats on {body['inputs'][SOIL]}"})
-
-
-def drafted(*capabilities: str) -> str:
-    """A draft of a chain, as a model would write it."""
-    stages = [{"stage": f"step {n}", "capability": name} for n, name in enumerate(capabilities)]
-    return orjson.dumps({"rationale": "one after the other", "stages": stages}).decode()
-
-
-GOOD = drafted("agronomy.drill", "agronomy.advise")
-INVENTED = drafted("agronomy.pray")
-
-
-def envelope(**more: Any) -> dict[str, Any]:
-    return {
-        "objective": "Find out what to plant",
-        "inputs": {PLACE: "Dithmarschen"},
-        "output_contract": {"facets": [VERDICT]},
-        "policies": {"planner": {"strategy": "llm"}},
-        **more,
-    }
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -85,25 +39,12 @@ async def farm(
         async with (
             fresh_database(postgres_dsn) as dsn,
             running_model_server() as models,
-            running_tool(drill=_drill, advise=_advise) as tool,
+            running_tool(drill=drill, advise=advise) as tool,
         ):
             async with service_with(models, dsn, folder, patch, llm_cache_days=0) as service:
                 await settle(service, tool)
                 yield service, models
             await audit(dsn)
-
-
-async def settle(service: RunningService, tool: Tool) -> None:
-    """Register the whole domain at run time."""
-    for name in (PLACE, SOIL, VERDICT):
-        response = await service.client.post("/v1/facets", json=facet(name))
-        assert response.status_code in (200, 201), response.text
-    for made in (
-        capability(tool, "drill", PLACE, SOIL),
-        capability(tool, "advise", SOIL, VERDICT),
-    ):
-        response = await service.client.post("/v1/capabilities", json=made)
-        assert response.status_code in (200, 201), response.text
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -232,7 +173,7 @@ async def test_a_run_that_is_paused_while_it_is_planned_has_its_plan_when_it_goe
 async def test_who_takes_a_run_over_in_the_middle_of_planning_plans_it_anew(
     models: ModelServer, dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with running_tool(drill=_drill, advise=_advise) as tool:
+    async with running_tool(drill=drill, advise=advise) as tool:
         gate = asyncio.Event()
 
         async def wait(writer: asyncio.StreamWriter, exchange: Any) -> None:

@@ -544,6 +544,7 @@ def _racing(number: int) -> tuple[dict[str, Any], list[str]]:
     return graph(node, echo_node("B", "A"), metadata=metadata), orders
 
 
+@pytest.mark.usefixtures("untraced")
 async def test_races_of_orders_and_ends_come_to_one_end_and_every_order_has_an_outcome(
     service: RunningService,
 ) -> None:

@@ -100,6 +100,16 @@ async def test_a_schema_beside_tools_leaves_the_model_the_choice(server: ModelSe
     await provider.aclose()
 
 
+async def test_ollama_is_held_to_no_format_while_it_may_call_tools(server: ModelServer) -> None:
+    provider = make_provider(server.endpoint("ollama"))
+    await provider.chat(asked(form=AnswerForm.JSON, schema=OPEN_SCHEMA, tools=(WEATHER,)))
+    await provider.chat(asked(form=AnswerForm.JSON, schema=OPEN_SCHEMA))
+    bodies = [request.json for request in server.requests]
+    assert ["format" in body for body in bodies] == [False, True]
+    assert ["tools" in body for body in bodies] == [True, False]
+    await provider.aclose()
+
+
 @pytest.mark.parametrize("kind", ["anthropic", "ollama"])
 @pytest.mark.parametrize("arguments", ["", "[1]", '{"city": '])
 async def test_arguments_that_are_no_object_are_not_sent(

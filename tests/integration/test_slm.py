@@ -464,8 +464,10 @@ async def test_another_process_takes_the_request_of_a_killed_one(
         await gate.wait()
 
     sides.near.behave(wait)
-    settings = {"models_file": str(sides.catalog(tmp_path)), "llm_cache_days": "0"}
-    async with service_processes(dsn, "serve", "serve", **settings) as (first, second):
+    models_file = str(sides.catalog(tmp_path))
+    async with service_processes(
+        dsn, "serve", "serve", models_file=models_file, llm_cache_days="0"
+    ) as (first, second):
         assert first.url is not None
         assert second.url is not None
         async with httpx.AsyncClient(timeout=10) as client:

@@ -11,6 +11,7 @@ import pytest
 
 from app.bootstrap import Services
 from app.domain.events import Event, EventType
+from app.journal import rested
 from app.journal import tracer as module
 from app.journal.frames import Frame, encode_body, frame_of
 from app.journal.tracer import TraceLimits, Tracer
@@ -71,28 +72,28 @@ async def test_events_that_are_not_at_hand_are_read_from_the_journal(
     assert (run.run_id, run.told_seq) == (str(run_id), 0)
     assert metrics.traced_runs["exported"] == 1
     assert exporter.is_closed
-    assert (tracer._bytes, tracer._under_way) == (0, {})
+    assert (tracer.runs.bytes_kept, tracer.runs.under_way) == (0, {})
 
 
 async def test_memory_that_is_short_costs_reading_and_no_trace(
     service: RunningService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id, frames = await journal_of(service)
-    monkeypatch.setattr(module, "BYTES_MAX", 1_000)
+    monkeypatch.setattr(rested, "BYTES_MAX", 1_000)
     exporter = Kept()
     tracer = Tracer(service.services.reader, exporter, Metrics(), TraceLimits())
     for one in frames:
         tracer.publish(run_id, [one])
-        assert tracer._bytes <= 1_000 + len(one.data)
+        assert tracer.runs.bytes_kept <= 1_000 + len(one.data)
     await tracer.aclose()
     assert [len(run.events) for run in exporter.runs] == [12]
-    assert tracer._bytes == 0
+    assert tracer.runs.bytes_kept == 0
 
 
 async def test_runs_that_nobody_can_take_are_given_up_and_counted(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "RUNS_WAITING_MAX", 3)
+    monkeypatch.setattr(rested, "RUNS_WAITING_MAX", 3)
     metrics = Metrics()
     tracer = Tracer(services.reader, Kept(), metrics, TraceLimits())
     for run_id in [new_id() for _ in range(5)]:
@@ -100,20 +101,36 @@ async def test_runs_that_nobody_can_take_are_given_up_and_counted(
     assert metrics.traced_runs["dropped"] == 2
     await tracer.aclose()
     assert metrics.traced_runs["unsampled"] == 3  # no such runs in the database
-    assert tracer._bytes == 0
+    assert tracer.runs.bytes_kept == 0
 
 
 async def test_runs_under_way_are_bounded_in_number(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "RUNS_UNDER_WAY_MAX", 2)
+    monkeypatch.setattr(rested, "RUNS_UNDER_WAY_MAX", 2)
     tracer = Tracer(services.reader, Kept(), Metrics(), TraceLimits())
     run_ids = [new_id() for _ in range(4)]
     for run_id in run_ids:
         tracer.publish(run_id, [frame(1, EventType.RUN_QUEUED, run_id)])
-    assert list(tracer._under_way) == run_ids[2:]
+    assert list(tracer.runs.under_way) == run_ids[2:]
     tracer.publish(run_ids[0], [])  # signals without an event
     await tracer.aclose()
+
+
+async def test_a_pause_is_a_rest_also_when_the_run_goes_on_in_the_same_append(
+    service: RunningService,
+) -> None:
+    run_id, _ = await journal_of(service)
+    types = (EventType.RUN_QUEUED, EventType.RUN_PAUSED, EventType.RUN_RESUMED, EventType.RUN_DONE)
+    frames = [frame(seq, event_type, run_id) for seq, event_type in enumerate(types, 1)]
+    exporter = Kept()
+    tracer = Tracer(service.services.reader, exporter, Metrics(), TraceLimits())
+    tracer.publish(run_id, frames[:3])
+    exporter_sees = [(2, 0), (12, 0)]  # seq 3 is kept alone, so the end is read from the journal
+    tracer.publish(run_id, [frame(12, EventType.RUN_DONE, run_id)])
+    await tracer.aclose()
+    assert [(len(run.events), run.told_seq) for run in exporter.runs] == exporter_sees
+    assert tracer.runs.bytes_kept == 0
 
 
 async def test_an_exporter_that_breaks_does_not_end_the_tracer(service: RunningService) -> None:

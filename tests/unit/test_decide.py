@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 
-from app.domain.capability import Effect
+from app.domain.capability import Effect, NodeKind
 from app.domain.decide import Failure, RunLimits, deadline_at, judge_failure, recover
 from app.domain.errors import Fault
+from app.domain.event_shapes import EVENT_DATA
 from app.domain.events import BlockReason, Event, EventType, Level, error_data
 from app.domain.run import RunStatus
 from app.domain.state import NodeState, RunState
@@ -467,6 +469,144 @@ def test_an_unknown_outcome_waits_for_a_human_when_all_else_is_done() -> None:
     assert (decision.complete, decision.wake_at) == (False, None)
     story.add(event)
     assert story.state.status is RunStatus.AWAITING_HUMAN
+
+
+# Replans, goals that are left, and fallbacks
+
+
+def test_nothing_starts_until_a_plan_that_is_asked_for_is_there() -> None:
+    plan = plan_of(plan_node("A"), plan_node("B"), limited_node("L"), plan_node("W"))
+    story = story_of(plan)
+    story.start("W")
+    story.retry("W", 0)
+    story.fail("A")
+    story.trigger("p")
+    decision = story.decide(free_slots={RARE: 1})
+    assert (told(decision), decision.plan, decision.complete) == ([], True, False)
+    story.replan(plan_of(plan_node("B"), plan_node("C"), version=2))
+    decision = story.decide()
+    assert (told(decision), decision.plan) == ([("NODE_START", "B"), ("NODE_START", "C")], False)
+
+
+def test_what_is_under_way_ends_before_a_plan_is_made_anew() -> None:
+    story = story_of(plan_of(plan_node("A"), plan_node("B"), plan_node("C", "B")))
+    story.start("B")
+    story.fail("A")
+    story.trigger("p")
+    assert not story.decide().plan
+    story.done("B")
+    assert (told(story.decide()), story.decide().plan) == ([], True)
+
+
+def test_without_another_plan_the_one_in_force_goes_on() -> None:
+    story = story_of(plan_of(plan_node("A"), plan_node("B", "A"), plan_node("C")))
+    story.fail("A")
+    story.trigger("p")
+    story.reject_plan(is_final=False)
+    assert story.decide().plan
+    story.reject_plan()
+    decision = story.decide()
+    assert told(decision) == [("NODE_BLOCKED", "B"), ("NODE_START", "C")]
+    assert not decision.plan
+
+
+def test_a_run_that_waits_for_a_plan_still_has_its_deadline() -> None:
+    story = story_of(plan_of(plan_node("A")))
+    story.start("A")
+    story.retry("A", 50)
+    story.trigger("p")
+    assert story.decide(deadline_ms=200).wake_at == START_MS + 200
+    assert story.decide().wake_at is None
+    story.now += 200
+    [event] = story.decide(deadline_ms=200).events
+    assert event.data["error"]["code"] == "deadline_exceeded"
+
+
+def test_a_run_that_is_paused_makes_no_plan() -> None:
+    story = story_of(plan_of(plan_node("A")))
+    story.trigger("p")
+    story.pause(RunStatus.PAUSED)
+    assert not story.decide().plan
+
+
+def test_a_run_whose_goals_are_not_all_planned_goes_on_with_another_plan() -> None:
+    plan = plan_of(plan_node("A"))
+    story = story_of(replace(plan, open_goals=("B", "C")))
+    assert told(story.decide()) == [("NODE_START", "A")]
+    story.start("A")
+    assert not story.decide().plan
+    story.done("A")
+    decision = story.decide(deadline_ms=200)
+    assert (told(decision), decision.plan, decision.complete) == ([], True, False)
+    assert decision.wake_at == START_MS + 200
+    story.replan(plan_of(plan_node("A"), plan_node("B", "A"), version=2))
+    story.done("B")
+    decision = story.decide()
+    assert (decision.plan, decision.complete) == (False, True)
+
+
+@pytest.mark.parametrize("ends_as", ["RUN_FAILED", "RUN_PAUSED"])
+def test_the_next_goal_waits_for_those_before_it(ends_as: str) -> None:
+    story = story_of(replace(plan_of(plan_node("A"), plan_node("B")), open_goals=("C",)))
+    story.done("A")
+    if ends_as == "RUN_FAILED":
+        story.fail("B")
+    else:
+        story.start("B")
+        story.block("B")
+    decision = story.decide()
+    assert (told(decision), decision.plan) == ([(ends_as, None)], False)
+
+
+def test_a_person_is_asked_when_nothing_else_is_left_to_do() -> None:
+    fallback = plan_node("F", kind=NodeKind.FALLBACK, text="What is the brief?")
+    story = story_of(plan_of(fallback, plan_node("A"), plan_node("B", "F")))
+    assert told(story.decide()) == [("NODE_START", "A")]
+    story.start("A")
+    assert told(story.decide()) == []
+    story.done("A")
+    asked, paused = story.decide().events
+    assert asked == Event(
+        EventType.NODE_BLOCKED,
+        {"reason": "awaiting_answer", "operator_prompt": "What is the brief?"},
+        node_id="F",
+        attempt=1,
+        level=Level.WARN,
+    )
+    assert paused == Event(
+        EventType.RUN_PAUSED,
+        {"status": "awaiting_human", "reason": "awaiting_answer", "nodes": ["F"]},
+        level=Level.WARN,
+    )
+    for event in (asked, paused):
+        EVENT_DATA[EventType(event.type)].model_validate(event.data)
+    story.add(asked, paused)
+    story.add(Event(EventType.RUN_RESUMED, {}))
+    assert told(story.decide()) == [("RUN_PAUSED", None)], "asked already"
+
+
+def test_who_waits_is_named_together_and_an_unknown_outcome_is_the_graver_reason() -> None:
+    story = story_of(plan_of(plan_node("F", kind=NodeKind.FALLBACK), plan_node("U")))
+    story.start("U")
+    story.block("U")
+    decision = story.decide()
+    assert told(decision) == [("NODE_BLOCKED", "F"), ("RUN_PAUSED", None)]
+    data = decision.events[-1].data
+    assert (data["reason"], data["nodes"]) == ("unknown_outcome", ["U", "F"])
+
+
+def test_nobody_is_asked_when_the_run_has_failed_anyway() -> None:
+    story = story_of(plan_of(plan_node("F", kind=NodeKind.FALLBACK), plan_node("A")))
+    story.fail("A")
+    assert told(story.decide()) == [("RUN_FAILED", None)]
+
+
+def test_a_fallback_that_nobody_was_asked_about_is_unfinished_at_the_deadline() -> None:
+    story = story_of(plan_of(plan_node("F", kind=NodeKind.FALLBACK), plan_node("A")))
+    story.start("A")
+    story.now += 200
+    [event] = story.decide(deadline_ms=200).events
+    assert event.data["unfinished_nodes"] == ["A", "F"]
 
 
 def test_an_empty_plan_is_complete() -> None:

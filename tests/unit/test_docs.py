@@ -53,7 +53,7 @@ def bash_blocks(path: Path) -> list[str]:
 # --- generated pages ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["EVENTS.md", "API.md", "SETTINGS.md"])
+@pytest.mark.parametrize("name", ["EVENTS.md", "API.md", "RECORDS.md", "SETTINGS.md"])
 def test_a_generated_page_is_what_the_code_says_now(name: str) -> None:
     assert text_of(DOCS / name) == pages()[name], "write it anew: python -m docs.generate"
 

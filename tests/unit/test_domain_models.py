@@ -276,7 +276,8 @@ def test_the_envelope_of_the_documentation_is_accepted() -> None:
         ({"constraints": {"budget": {"usd": -1}}}, "/constraints/budget/usd"),
         ({"constraints": {"budget": {"tokens": -1}}}, "/constraints/budget/tokens"),
         ({"constraints": {"budget": {"eur": 1}}}, "/constraints/budget/eur"),
-        ({"policies": {"runtime": [{}]}}, "/policies/runtime"),
+        ({"policies": {"runtime": {}}}, "/policies/runtime"),
+        ({"policies": {"runtme": []}}, "/policies/runtme"),
         ({"goal_conditions": [{}]}, "/goal_conditions"),
         (
             {"policies": {"planner": {"topology": {"max_depth": 0}}}},

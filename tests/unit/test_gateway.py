@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,21 @@ from typing import Any
 import pytest
 
 from app.domain.budget import Spent
-from app.domain.chat import AnswerForm, ChatAnswer, ChatRole, Prompt, PromptFailed, StopReason
+from app.domain.chat import (
+    AnswerForm,
+    ChatAnswer,
+    ChatRole,
+    ModelRole,
+    Prompt,
+    PromptFailed,
+    StopReason,
+)
 from app.domain.envelope import Budget
 from app.domain.errors import Fault
 from app.domain.event_shapes import EVENT_DATA
 from app.domain.events import EventType
 from app.ports import Permit, TransitionKind
-from tests.llm_kit import Desk, answer, busy, refused, user
+from tests.llm_kit import MODELS, Desk, answer, busy, refused, user
 
 TEXT = Prompt(user("Say something."))
 GOOD = answer('{"colour": "red"}')
@@ -248,3 +257,17 @@ async def test_what_a_call_could_cost_has_to_fit(budget: Budget, tmp_path: Path)
         await desk.gateway.complete(TEXT, desk.asker())
     assert failed.value.code == "budget_exhausted"
     assert len(desk.near.requests) == 1
+
+
+async def test_a_plan_is_bounded_so_that_a_budget_allows_a_model_that_could_write_books(
+    tmp_path: Path,
+) -> None:
+    """All that a model could write, at its price, counts against the budget before it does."""
+    verbose = MODELS.replace("ctx_window: 1000", "ctx_window: 200000")
+    verbose = verbose.replace("output_tokens_max: 200", "output_tokens_max: 128000")
+    verbose = verbose.replace("roles: [chat]", "roles: [chat, planning]", 1)
+    desk = Desk(tmp_path, [GOOD], models=verbose, budget=Budget(tokens=20_000))
+    completion = await desk.gateway.complete(replace(JSON, role=ModelRole.PLANNING), desk.asker())
+    assert completion.value == {"colour": "red"}
+    (request,) = desk.near.requests
+    assert request.output_tokens_max == 16_000

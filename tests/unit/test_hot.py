@@ -108,7 +108,7 @@ async def test_a_stream_that_is_over_does_not_leave_its_last_bytes_with_a_dead_c
 ) -> None:
     monkeypatch.setattr(stream_module, "SEND_TIMEOUT_S", 0.05)
     feed = Feed(cast(EventReader, None))
-    channel = feed.enter(UUID(int=1), 0)
+    channel = feed.enter(UUID(int=1), 0, listens=True)
     channel.push([frame_of(1, "RUN_DONE", None, "INFO", b"{}")])
     stream = EventStream(feed, channel, after=0, wanted=Filter(), drain=Drain())
     sent: list[Message] = []

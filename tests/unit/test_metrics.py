@@ -121,6 +121,17 @@ def test_calls_of_models_are_counted_by_provider() -> None:
     assert value("model_selections_total", reason="preferred") == 0
 
 
+def test_calls_that_a_node_made_itself_are_measured_like_nodes() -> None:
+    counted = Metrics()
+    for duration_ms in (250.0, 0.0):  # the second was never called
+        data = {"capability_id": "soil.lookup", "outcome": "ok", "duration_ms": duration_ms}
+        count_models(Said((Event(EventType.TOOL_CALLED, data),)), counted)
+    found = samples(render([call_durations(counted)]))
+    label = frozenset({("capability_id", "soil.lookup")})
+    assert found["flexrun_node_duration_seconds_count", label] == 1
+    assert found["flexrun_node_duration_seconds_sum", label] == 0.25
+
+
 async def test_a_loop_that_is_held_up_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "LAG_EVERY_S", 0.01)
     lag = LoopLag()

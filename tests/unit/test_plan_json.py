@@ -81,6 +81,7 @@ def plans(draw: st.DrawFn) -> Plan:
         tuple(draw(st.lists(step, max_size=3))),
         draw(_words),
         children_of(nodes),
+        tuple(draw(st.lists(_words, max_size=2))),
     )
 
 
@@ -115,6 +116,15 @@ def test_the_shape_is_the_documented_one() -> None:
         "proof": [],
         "output": [{"key": None, "source": "B", "pointer": ""}],
     }
+
+
+def test_goals_that_are_left_are_told_only_where_there_are_some() -> None:
+    whole = _plan(1, _node("B"))
+    assert "open_goals" not in plan_as_dict(whole)["metadata"]
+    part = replace(whole, open_goals=("C", "D"))
+    assert plan_as_dict(part)["metadata"]["open_goals"] == ["C", "D"]
+    assert plan_from_dict(plan_as_dict(part)).open_goals == ("C", "D")
+    assert plan_from_dict(plan_as_dict(whole)).open_goals == ()
 
 
 def test_a_diff_names_nodes_and_fields() -> None:

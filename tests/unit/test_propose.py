@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.domain.chat import Completion, Prompt, PromptFailed
+from app.domain.capability import CapabilityKind
+from app.domain.chat import PromptFailed
 from app.domain.envelope import Envelope
-from app.domain.errors import PlanRejected
-from app.domain.event_shapes import EVENT_DATA
-from app.domain.events import Event, EventType
-from app.domain.plan import Author, Bound, Plan
-from app.planner.draft import PlanLimits
+from app.domain.errors import Fault, PlanRejected
+from app.domain.plan import Author, Bound
 from app.planner.plan_envelope import output_contract_of
-from app.planner.prompt import draft_of, planning_prompt
-from app.planner.propose import propose_plan
+from app.planner.prompt import DRAFT_SCHEMA, draft_of, planning_prompt
 from app.planner.shortlist import shortlist
 from app.registry.image import RegistryImage
+from tests.drafting import Models
 from tests.registry_samples import capability, envelope, image_of
 
 DRILL = capability("soil.drill", ["place"], ["soil"])
@@ -52,48 +51,9 @@ def asked(**planner: Any) -> Envelope:
     )
 
 
-class Models:
-    """Answers planning prompts one after the other; keeps them."""
-
-    def __init__(self, *answers: Mapping[str, Any] | Exception) -> None:
-        self.answers = list(answers)
-        self.prompts: list[Prompt] = []
-        self.told: list[Event] = []
-
-    async def complete(self, prompt: Prompt) -> Completion:
-        self.prompts.append(prompt)
-        found = self.answers.pop(0)
-        if isinstance(found, Exception):
-            raise found
-        assert prompt.faults_of is not None
-        if faults := prompt.faults_of(found):
-            raise PromptFailed("schema_validation_failed", "no draft", faults=tuple(faults))
-        return Completion("m", "", found)
-
-    async def plan(self, made: Envelope | None = None, image: RegistryImage = IMAGE) -> Plan:
-        return await propose_plan(
-            made or asked(),
-            image,
-            self.complete,
-            self.told.append,
-            run_id="r",
-            created_at="now",
-            limits=PlanLimits(),
-        )
-
-    def handshake(self) -> list[tuple[str, int, list[str]]]:
-        """Type, attempt and codes of every event; each in its declared shape."""
-        found = []
-        for event in self.told:
-            EVENT_DATA[EventType(event.type)].model_validate(event.data)
-            codes = [fault["code"] for fault in event.data.get("diagnostics", ())]
-            found.append((str(event.type), event.data["attempt"], codes))
-        return found
-
-
 async def test_a_draft_that_holds_is_the_plan() -> None:
     models = Models(GOOD)
-    plan = await models.plan()
+    plan = await models.plan(asked(), IMAGE)
     assert plan.author is Author.LLM
     assert list(plan.nodes) == ["Drill_here", "judge"]
     assert plan.nodes["judge"].bindings == {"soil": Bound("Drill_here", "/soil")}
@@ -105,7 +65,7 @@ async def test_a_draft_that_holds_is_the_plan() -> None:
 
 async def test_a_rejected_draft_goes_back_with_its_diagnostics() -> None:
     models = Models(INVENTED, GOOD)
-    assert (await models.plan()).author is Author.LLM
+    assert (await models.plan(asked(), IMAGE)).author is Author.LLM
     assert models.handshake() == [
         ("PLAN_REQUESTED", 1, []),
         ("PLAN_REJECTED", 1, ["CAPABILITY_NOT_REGISTERED"]),
@@ -118,7 +78,7 @@ async def test_a_rejected_draft_goes_back_with_its_diagnostics() -> None:
 
 async def test_after_two_rejected_drafts_the_assembler_plans() -> None:
     models = Models(INVENTED, INVENTED)
-    plan = await models.plan()
+    plan = await models.plan(asked(), IMAGE)
     assert plan.author is Author.ASSEMBLER
     assert [(name, attempt) for name, attempt, _ in models.handshake()] == [
         *(("PLAN_REQUESTED", 1), ("PLAN_REJECTED", 1)),
@@ -130,7 +90,7 @@ async def test_after_two_rejected_drafts_the_assembler_plans() -> None:
 @pytest.mark.parametrize("code", ["no_compatible_model", "budget_exhausted", "invalid_json"])
 async def test_when_no_model_answers_the_assembler_plans_at_once(code: str) -> None:
     models = Models(PromptFailed(code, "No."))
-    assert (await models.plan()).author is Author.ASSEMBLER
+    assert (await models.plan(asked(), IMAGE)).author is Author.ASSEMBLER
     assert models.handshake() == [
         ("PLAN_REQUESTED", 1, []),
         ("PLAN_REJECTED", 1, [code]),
@@ -138,11 +98,34 @@ async def test_when_no_model_answers_the_assembler_plans_at_once(code: str) -> N
     ]
 
 
-async def test_when_nobody_has_a_plan_the_last_reason_is_told() -> None:
+async def test_when_nobody_has_a_plan_the_last_reason_is_raised() -> None:
     models = Models(INVENTED, INVENTED)
-    with pytest.raises(PlanRejected):
-        await models.plan(image=image_of(JUDGE))
-    assert models.handshake()[-1] == ("PLAN_REJECTED", 3, ["CAPABILITY_MISSING"])
+    with pytest.raises(PlanRejected) as refused:
+        await models.plan(asked(), image_of(JUDGE))
+    assert [fault.code for fault in refused.value.faults] == ["CAPABILITY_MISSING"]
+    assert models.handshake()[-1] == ("PLAN_REQUESTED", 3, [])
+
+
+@pytest.mark.parametrize("failed", [PromptFailed("timeout", "No."), INVENTED])
+async def test_the_assembler_asks_no_model_when_none_answers(
+    failed: PromptFailed | Mapping[str, Any],
+) -> None:
+    made = capability("soil.think", ["place"], ["verdict"])
+    llm = made.registration.model_copy(update={"kind": CapabilityKind.LLM})
+    plan = await Models(failed, failed).plan(
+        asked(), image_of(replace(made, registration=llm), GUESS)
+    )
+    answers = not isinstance(failed, PromptFailed)
+    assert list(plan.nodes) == (["think"] if answers else ["guess"])
+
+
+async def test_what_a_draft_declares_to_use_is_bounded_too() -> None:
+    dear = capability("soil.judge", ["soil"], ["verdict"], cost={"tier": 0, "tokens": 600})
+    image = image_of(DRILL, dear, GUESS)
+    made = asked(optimisation={"max_tokens": 500}, selection={"prefer": ["soil.guess"]})
+    models = Models(GOOD, {"stages": [{"stage": "g", "capability": "soil.guess"}]})
+    assert list((await models.plan(made, image)).nodes) == ["g"]
+    assert models.handshake()[1] == ("PLAN_REJECTED", 1, ["LIMIT_EXCEEDED"])
 
 
 @pytest.mark.parametrize(
@@ -163,14 +146,14 @@ async def test_when_nobody_has_a_plan_the_last_reason_is_told() -> None:
 )
 async def test_whatever_does_not_hold_is_rejected(stages: list[Any], code: str) -> None:
     models = Models({"stages": stages}, GOOD)
-    assert (await models.plan()).author is Author.LLM
+    assert (await models.plan(asked(), IMAGE)).author is Author.LLM
     [_, (_, _, codes), _] = models.handshake()
     assert code in codes
 
 
 async def test_the_policies_bind_a_model_too() -> None:
     models = Models(GOOD, GOOD)
-    plan = await models.plan(asked(selection={"forbid": ["soil.drill"]}))
+    plan = await models.plan(asked(selection={"forbid": ["soil.drill"]}), IMAGE)
     assert (plan.author, list(plan.nodes)) == (Author.ASSEMBLER, ["guess"])
     assert "SELECTION_CONFLICT" in models.handshake()[1][2]
     assert "soil.drill" not in models.prompts[0].messages[1].text
@@ -249,3 +232,58 @@ def test_a_stage_called_inputs_is_not_taken_for_the_inputs_of_the_run() -> None:
     [node] = draft_of({"stages": [{"stage": "inputs", "capability": "x", "inputs": bound}]}).nodes
     assert node.id == "inputs_2"
     assert node.bindings == {"a": Bound("inputs", "/a")}
+
+
+PROMPT = """Objective:
+test
+
+Special instructions:
+- Mind the dikes.
+- No drilling at night.
+
+Directives:
+- Prefer what is near.
+
+Inputs:
+- place: "Dithmarschen"
+- notes: "{notes}… (402 characters)
+- n: {{"a":[true,null],"b":1}}
+
+Output, as JSON Schema:
+{{"additionalProperties":true,"properties":{{"verdict":{{"type":"string"}}}},\
+"required":["verdict"],"type":"object"}}
+
+Capabilities:
+- market.price: market.price Takes: place. Makes: price. Cost tier 0.
+- soil.drill: soil.drill Takes: place. Makes: soil. Cost tier 0.
+- soil.guess: soil.guess Takes: place. Makes: verdict. Cost tier 5.
+- soil.judge: soil.judge Takes: soil. Makes: verdict. Cost tier 0.
+
+The plan has to use: soil.drill, soil.judge
+
+Plan 1 was rejected; mend it:
+- CYCLE: a waits for b
+- UNKNOWN_NODE: no c"""
+
+
+def test_without_a_graph_the_prompt_is_what_it_always_was() -> None:
+    """To the byte: answers that are in the cache are found by it."""
+    made = envelope(
+        inputs={"place": "Dithmarschen", "notes": "x" * 400, "n": {"b": 1, "a": [True, None]}},
+        output=["verdict"],
+        special_instructions=["Mind the dikes.", "No drilling at night."],
+        policies={
+            "planner": {
+                "directives": ["Prefer what is near."],
+                "selection": {"require": ["soil.drill", "soil.judge"]},
+            }
+        },
+    )
+    faults = [Fault("CYCLE", "a waits for b"), Fault("UNKNOWN_NODE", "no c")]
+    prompt = planning_prompt(
+        made, output_contract_of(made, IMAGE), IMAGE.active(), faults, attempt=2
+    )
+    assert prompt.messages[1].text == PROMPT.format(notes="x" * 299)
+    assert prompt.messages[0].text.startswith("You plan work as a directed acyclic graph of")
+    assert prompt.schema is DRAFT_SCHEMA
+    assert "Ready nodes" not in prompt.messages[1].text

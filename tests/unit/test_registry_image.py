@@ -18,6 +18,7 @@ def test_the_newest_registered_version_wins_not_the_highest() -> None:
     newer = capability("a.b", version="2", age_s=2)
     image = image_of(newer, older)
     assert image.newest("a.b") is newer
+    assert image.find("a.b", None) is newer
     assert list(image.active()) == [newer]
 
 

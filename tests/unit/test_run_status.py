@@ -65,6 +65,7 @@ def test_a_run_is_done_only_from_running_and_never_queued_again() -> None:
 
 
 def test_what_a_node_came_to_never_changes() -> None:
+    """Under its plan version, that is: the next one starts its own nodes."""
     assert set(NODE_TRANSITIONS) == set(NodeStatus)
     final = {status for status, allowed in NODE_TRANSITIONS.items() if not allowed}
     assert final == {NodeStatus.DONE, NodeStatus.FAILED, NodeStatus.SKIPPED}

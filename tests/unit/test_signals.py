@@ -7,7 +7,7 @@ from uuid import UUID
 
 import pytest
 
-from app.domain.capability import Effect
+from app.domain.capability import Effect, NodeKind
 from app.domain.event_shapes import EVENT_DATA
 from app.domain.events import BlockReason, Event, EventType, Level, error_data
 from app.domain.run import NodeStatus, RunStatus
@@ -252,6 +252,70 @@ def test_a_node_below_a_failed_one_is_not_for_operators_to_decide(decision: str)
     story.block("C")
     story.pause(RunStatus.PAUSED)
     _discarded(story, _signal(story, {"B": {"decision": decision, "output": {}}}))
+
+
+def _asked() -> Story:
+    """A person was asked about F, which B requires; A has no known outcome."""
+    plan = plan_of(plan_node("A"), plan_node("F", kind=NodeKind.FALLBACK), plan_node("B", "F"))
+    story = story_of(plan)
+    story.start("A")
+    story.block("A")
+    story.add(*story.decide().events)
+    assert story.state.status is RunStatus.AWAITING_HUMAN
+    return story
+
+
+def test_the_answer_of_a_person_is_the_output_of_a_fallback() -> None:
+    story = _asked()
+    nodes = {"F": {"decision": "done", "output": {"said": "so"}}}
+    applied = apply_signal(story.state, _signal(story, nodes, operator="ada"))
+    assert applied.outputs == {"F": {"said": "so"}}
+    assert applied.events[1] == Event(
+        EventType.NODE_DONE,
+        {"output": {"said": "so"}, "decided_by": "ada"},
+        node_id="F",
+        attempt=1,
+    )
+    story.add(*applied.events)
+    assert told(story.decide()) == [("NODE_START", "B")]
+
+
+def test_to_retry_a_fallback_is_to_plan_again() -> None:
+    story = _asked()
+    nodes: dict[str, dict[str, Any]] = {
+        "A": {"decision": "done", "output": {}},
+        "F": {"decision": "retry"},
+    }
+    story.add(*apply_signal(story.state, _signal(story, nodes)).events)
+    decision = story.decide()
+    assert (told(decision), decision.plan) == ([], True)
+    assert story.state.replan == ""
+    story.reject_plan()
+    assert told(story.decide()) == [("NODE_BLOCKED", "F"), ("RUN_PAUSED", None)]
+
+
+def test_a_fallback_without_an_answer_fails_the_run() -> None:
+    story = _asked()
+    nodes: dict[str, dict[str, Any]] = {
+        "A": {"decision": "done", "output": {}},
+        "F": {"decision": "fail"},
+    }
+    story.add(*apply_signal(story.state, _signal(story, nodes)).events)
+    assert told(story.decide()) == [("NODE_BLOCKED", "B"), ("RUN_FAILED", None)]
+
+
+def test_only_a_fallback_that_was_asked_is_decided_upon() -> None:
+    story = story_of(plan_of(plan_node("F", kind=NodeKind.FALLBACK), plan_node("A")))
+    story.pause(RunStatus.PAUSED)
+    outcome = _discarded(story, _signal(story, {"F": {"decision": "fail"}}))
+    assert "'F' does not wait" in outcome
+
+
+def test_a_question_is_not_an_effect_that_may_have_happened() -> None:
+    assert uncertain_nodes(_asked().state) == ["A"]
+    [event] = apply_signal(_asked().state, _order(SignalKind.CANCEL)).events
+    assert event.data["unfinished_nodes"] == ["A", "F", "B"]
+    assert event.data["unknown_outcomes"] == ["A"]
 
 
 def test_an_unknown_word_is_refused() -> None:

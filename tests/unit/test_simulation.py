@@ -1,4 +1,4 @@
-"""Thousands of runs in virtual time: random plans, outcomes, breakers, slots, operators, crashes.
+"""Hundreds of runs in virtual time: random plans, replans, outcomes, slots, operators, crashes.
 
 Every rule of `tests/journal_rules.py` is checked at every event. A failing seed is replayed with
 `Simulation(random_scenario(seed)).run()`.
@@ -6,21 +6,32 @@ Every rule of `tests/journal_rules.py` is checked at every event. A failing seed
 
 from __future__ import annotations
 
+import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.domain.capability import Effect
-from app.domain.plan import PlanNode
+from app.domain.capability import Effect, NodeKind
+from app.domain.plan import Bound, PlanNode
+from app.domain.policy import ReplanAction, RuntimePolicy, Trigger, TriggerKind
 from app.domain.run import RunStatus
 from tests.plans import chain, diamond, plan_node, plan_of, wide
-from tests.simulator import CONCURRENCY, FAILURES, Scenario, Simulation, random_scenario
+from tests.scenarios import (
+    CONCURRENCY,
+    FAILURES,
+    Scenario,
+    goals,
+    random_policy,
+    random_scenario,
+)
+from tests.simulator import Simulation
 
-SEEDS = range(800)
+SEEDS = range(600)
 _CHUNK = 100
 
 
@@ -45,15 +56,19 @@ def scenarios(draw: st.DrawFn) -> Scenario:
             plan_node(
                 f"n{index}",
                 *requires,
+                kind=draw(st.sampled_from([NodeKind.EXECUTION] * 9 + [NodeKind.FALLBACK])),
+                bindings={"told": Bound(None, "", 1)},
                 effect=draw(st.sampled_from(Effect)),
                 max_attempts=draw(st.integers(1, 3)),
                 capability_id=capability,
                 concurrency=CONCURRENCY[capability],
             )
         )
+    seed = draw(st.integers(0, 2**32))
+    rng = random.Random(seed)
     return Scenario(
-        plan=plan_of(*nodes),
-        seed=draw(st.integers(0, 2**32)),
+        plan=replace(plan_of(*nodes), open_goals=goals(draw(st.sampled_from([0, 0, 2])))),
+        seed=seed,
         max_parallel=draw(st.integers(1, 4)),
         deadline_ms=draw(st.none() | st.integers(1, 1_000)),
         failures=draw(st.sampled_from([tuple(FAILURES), ("refused", "timeout")])),
@@ -63,10 +78,12 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         cancel=draw(st.sampled_from([0.0, 0.0, 0.1])),
         pause=draw(st.sampled_from([0.0, 0.2])),
         refusal=draw(st.sampled_from([0.0, 0.4])),
+        policies=tuple(random_policy(rng, f"p{i}") for i in range(draw(st.integers(0, 2)))),
+        no_plan=draw(st.sampled_from([0.0, 0.3])),
     )
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(scenarios())
 def test_any_run_keeps_the_rules_whatever_happens(scenario: Scenario) -> None:
     Simulation(scenario).run().check_snapshots()
@@ -92,7 +109,65 @@ def test_the_simulated_runs_meet_every_trouble_and_every_end() -> None:
         *("running to blocked", "running to pending", "blocked to running"),
         *("cancel applied", "cancel discarded", "pause applied", "pause discarded"),
         *("resume applied", "resume discarded", "ended paused"),
+        *("replan by policy", "replan by next goal", "kept done", "kept pending", "ordered anew"),
         "went on with calls of before the pause",
+    }
+    assert {name for name in expected if seen[name] == 0} == set()
+
+
+_TOLD = {"told": Bound(None, "", 1)}
+_EVERY_END = tuple(
+    RuntimePolicy(
+        id=kind,
+        trigger=Trigger(kind=kind),
+        action=ReplanAction(kind="replan", max_attempts=4),
+    )
+    for kind in TriggerKind
+)
+REPLANNED = {
+    "a policy asks, operators interfere": Scenario(
+        plan_of(
+            *(plan_node(f"n{i}", effect=Effect.AT_MOST_ONCE, bindings=_TOLD) for i in range(6))
+        ),
+        seed=0,
+        failures=("timeout",),
+        trouble=0.6,
+        pause=0.6,
+        crash=0.02,
+        policies=_EVERY_END,
+    ),
+    "an operator asks": Scenario(
+        plan_of(
+            plan_node("A", bindings=_TOLD),
+            plan_node("asked", "A", kind=NodeKind.FALLBACK, bindings=_TOLD),
+            plan_node("B", "asked", bindings=_TOLD),
+        ),
+        seed=0,
+        trouble=0.0,
+        no_plan=0.4,
+    ),
+    "goals are left": Scenario(
+        replace(plan_of(plan_node("A", bindings=_TOLD)), open_goals=goals(3)),
+        seed=0,
+        trouble=0.0,
+        policies=_EVERY_END,
+    ),
+}
+
+
+def test_the_simulated_plans_are_replaced_in_every_way() -> None:
+    seen: Counter[str] = Counter()
+    for scenario in REPLANNED.values():
+        for seed in range(30):
+            simulation = Simulation(replace(scenario, seed=seed)).run()
+            simulation.check_snapshots(lambda k: k % 8 == 0)
+            seen += simulation.seen
+    expected = {
+        *("replan by policy", "replan by operator", "replan by next goal"),
+        *("no plan for policy", "no plan for operator", "no plan for next goal"),
+        *("kept done", "kept pending", "kept blocked", "ordered anew", "ordered again"),
+        *("replan of a pause", "dropped a plan", "crash while a plan is made"),
+        *("ended done", "ended failed", "ended awaiting_human"),
     }
     assert {name for name in expected if seen[name] == 0} == set()
 

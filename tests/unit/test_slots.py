@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -85,4 +86,47 @@ async def test_releasing_twice_gives_back_once() -> None:
     slots.release(holder.run, "N")
     slots.release(holder.run, "N")
 
+    assert slots.free({KEY: 1}) == {KEY: 1}
+
+
+async def test_a_call_that_no_plan_knows_of_waits_in_line_and_gives_its_slot_back() -> None:
+    slots, first, second = Slots(), Holder(), Holder()
+    slots.take(first.run, NODE)
+    got, let_go = asyncio.Event(), asyncio.Event()
+
+    async def call() -> None:
+        async with slots.held(KEY, 1):
+            got.set()
+            await let_go.wait()
+
+    task = asyncio.create_task(call())
+    await asyncio.sleep(0)
+    slots.wait(second.run, NODE)
+    assert not got.is_set()
+    slots.release(first.run, "N")
+    await got.wait()
+    assert slots.free({KEY: 1}) == {KEY: 0}
+    assert not woken(second)
+    let_go.set()
+    await task
+    assert woken(second)
+    assert slots.free({KEY: 1}) == {KEY: 1}
+
+
+async def test_a_call_that_is_cut_off_when_it_is_woken_passes_its_turn_on() -> None:
+    slots, first, second = Slots(), Holder(), Holder()
+    slots.take(first.run, NODE)
+
+    async def call() -> None:
+        async with slots.held(KEY, 1):
+            raise AssertionError("it was cancelled")
+
+    task = asyncio.create_task(call())
+    await asyncio.sleep(0)
+    slots.wait(second.run, NODE)
+    slots.release(first.run, "N")
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert woken(second)
     assert slots.free({KEY: 1}) == {KEY: 1}

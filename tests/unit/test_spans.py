@@ -167,3 +167,32 @@ def test_keys_of_langfuse_come_in_pairs_and_are_not_shown() -> None:
     for half in ("langfuse_public_key", "langfuse_secret_key"):
         with pytest.raises(ValidationError, match="belong together"):
             make_settings(**{half: "a key"})
+
+
+def test_a_call_that_a_node_made_itself_is_a_tool_below_it() -> None:
+    def called(call: int, outcome: str, duration_ms: float) -> Event:
+        data = {
+            "capability_id": "soil.lookup",
+            "version": "1.0.0",
+            "call": call,
+            "outcome": outcome,
+            "duration_ms": duration_ms,
+        }
+        return Event(EventType.TOOL_CALLED, data, node_id="A", attempt=1)
+
+    done = Event(EventType.NODE_DONE, {}, node_id="A", attempt=1)
+    queued = Event(EventType.RUN_QUEUED, {"lane": "standard"})
+    ok, failed, node = told(
+        queued, started("A"), called(1, "ok", 0.6), called(2, "timeout", 500.0), done
+    )
+    assert {span.name for span in (ok, failed)} == {"execute_tool soil.lookup"}
+    assert {span.parent_id for span in (ok, failed)} == {node.span_id}
+    assert (ok.start_ms, ok.end_ms, ok.error) == (1_002, 1_003, "")
+    # It does not begin before its node, whatever the clocks say.
+    assert (failed.start_ms, failed.end_ms, failed.error) == (1_002, 1_004, "timeout")
+    assert ok.attributes == {
+        conventions.OPERATION_NAME: "execute_tool",
+        conventions.TOOL_NAME: "soil.lookup",
+        conventions.NODE_ID: "A",
+        conventions.OUTCOME: "ok",
+    }

@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 
+from app.domain.capability import NodeKind
 from app.domain.events import BlockReason, Event, EventType, error_data
 from app.domain.run import NodeStatus, RunStatus
 from app.domain.state import NodeState, RunState, apply
@@ -401,3 +402,67 @@ def test_a_node_event_without_a_node_is_refused_by_name() -> None:
     story = story_of(diamond())
     with pytest.raises(AssertionError, match="NODE_START without a node"):
         story.add(Event(EventType.NODE_START, {}))
+
+
+# Fallbacks
+
+
+def _asked() -> Story:
+    """A person was asked about F, which B requires; A is done."""
+    plan = plan_of(plan_node("A"), plan_node("F", kind=NodeKind.FALLBACK), plan_node("B", "F"))
+    story = story_of(plan)
+    story.done("A")
+    story.add(*story.decide().events)
+    return story
+
+
+def test_a_fallback_is_never_ready_to_be_called() -> None:
+    fallback = limited_node("F", kind=NodeKind.FALLBACK)
+    story = story_of(plan_of(fallback, plan_node("A"), plan_node("G", "A", kind=NodeKind.FALLBACK)))
+    state = story.state
+    assert (list(state.to_ask), list(state.ready), state.ready_limited) == (["F"], ["A"], {})
+    story.done("A")
+    assert (list(state.to_ask), list(state.ready)) == (["F", "G"], [])
+
+
+def test_a_fallback_that_was_asked_waits_for_a_person() -> None:
+    story = _asked()
+    node = story.node("F")
+    assert (node.status, node.reason, node.attempt) == (NodeStatus.BLOCKED, "awaiting_answer", 1)
+    assert node.awaits_human
+    assert (story.state.to_ask, list(story.state.blocked)) == ({}, ["F"])
+    assert story.state.awaiting_human() == ["F"]
+    assert story.state.unknown_outcomes() == []
+
+
+def test_who_awaits_a_human_is_listed_in_the_order_of_blocking() -> None:
+    plan = plan_of(plan_node("F", kind=NodeKind.FALLBACK), plan_node("U"), plan_node("R"))
+    story = story_of(plan)
+    for node_id in ("U", "R"):
+        story.start(node_id)
+    story.refuse("R", 5)
+    story.block("U")
+    story.block("F", BlockReason.AWAITING_ANSWER)
+    assert story.state.awaiting_human() == ["U", "F"]
+    assert story.state.unknown_outcomes() == ["U"]
+    assert not story.node("R").awaits_human
+
+
+def test_the_answer_of_a_person_is_the_result_of_the_fallback() -> None:
+    story = _asked()
+    story.add(Event(EventType.NODE_DONE, {"output": {}}, node_id="F", attempt=1))
+    assert (story.node("F").status, story.state.blocked) == (NodeStatus.DONE, {})
+    assert list(story.state.ready) == ["B"]
+
+
+def test_to_order_a_fallback_anew_is_to_plan_again_and_then_to_ask_again() -> None:
+    story = _asked()
+    story.add(Event(EventType.RUN_RESUMED, {}))
+    story.retry("F", 0, round=2, error=None)
+    state, node = story.state, story.node("F")
+    assert (node.status, node.round, node.retry_at) == (NodeStatus.PENDING, 2, None)
+    assert (state.replan, list(state.to_ask), state.waiting) == ("", ["F"], {})
+    story.reject_plan()
+    assert (state.replan, list(state.to_ask)) == (None, ["F"])
+    [asked, _] = story.decide().events
+    assert (asked.type, asked.node_id, asked.attempt) == (EventType.NODE_BLOCKED, "F", 2)

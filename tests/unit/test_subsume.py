@@ -230,6 +230,11 @@ OTHER_TREE = {"type": "object", "properties": {"next": {"$ref": "#"}}}
             {"anyOf": [{}, {"type": "null"}], "oneOf": [{"type": "array"}, {"type": "object"}]},
             "no",
         ),
+        (
+            {"type": "string"},
+            {"anyOf": [{"const": "a"}, {"const": "b"}], "oneOf": [{"minLength": 1}]},
+            "yes",
+        ),
         ({"oneOf": [{"type": "string"}, {"type": "null"}]}, {"type": "string"}, "yes"),
         ({"oneOf": [{"type": "string"}, {"type": "null"}]}, {"type": "integer"}, "no"),
         ({"oneOf": [{"type": "string"}, {}]}, {"type": "string"}, "undecided"),

@@ -174,7 +174,7 @@ def check_brief(document: Mapping[str, Any], draft: Mapping[str, Any]) -> Checke
     A bullet's `offset` and `line` are corrected to where the quote stands. When no sentence of the
     summary holds, the first bullet takes its place.
     """
-    evidence = _Evidence(document["text"])
+    evidence = Evidence(document["text"])
     dropped: list[dict[str, str]] = []
     bullets = []
     for index, bullet in enumerate(draft["bullets"]):
@@ -200,7 +200,7 @@ def check_brief(document: Mapping[str, Any], draft: Mapping[str, Any]) -> Checke
     return Checked(brief, len(draft["bullets"]), dropped)
 
 
-def _checked_summary(summary: str, evidence: _Evidence, dropped: list[dict[str, str]]) -> str:
+def _checked_summary(summary: str, evidence: Evidence, dropped: list[dict[str, str]]) -> str:
     kept = []
     for sentence in sentences_of(summary, "text/plain"):
         if evidence.says(sentence.text):
@@ -230,8 +230,8 @@ def _drop(pointer: str, text: str, reason: str) -> dict[str, str]:
     return {"pointer": pointer, "text": text[:4_000], "reason": reason}
 
 
-class _Evidence:
-    """The document as the check asks it."""
+class Evidence:
+    """A document as whoever checks against it asks it."""
 
     def __init__(self, text: str) -> None:
         self.text = text

@@ -1,6 +1,6 @@
 """The capability kind `builtin`: Python functions of this program, collected in packs.
 
-A pack is a plain value: functions join it through its decorator, `bootstrap.py` hands packs to the
+A pack is a plain value: functions join it through its decorator, `bootstrap/` hands packs to the
 adapter and registers their facets and registrations. Nothing here keeps state of its own.
 
     pack = Pack("texts")

@@ -30,7 +30,6 @@ from app.adapters.capabilities.http_outcome import (
     broken_off,
     detail_of,
     garbage,
-    plain_line,
     refused_target,
     status_failure,
     timed_out,
@@ -160,8 +159,7 @@ async def _failure(response: httpx.Response, secrets: tuple[str, ...]) -> CallFa
     with contextlib.suppress(httpx.HTTPError, TimeoutError):
         async with asyncio.timeout(DETAIL_TIMEOUT_S):
             body = await read_prefix(response, DETAIL_BYTES_MAX)
-    detail = plain_line(redacted(detail_of(body), secrets))
-    return status_failure(response, detail)
+    return status_failure(response, detail_of(body, secrets))
 
 
 def _output(

@@ -20,6 +20,7 @@ may give a better answer; an `at_most_once` node fails, since its result is lost
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,6 +28,7 @@ import httpx
 import orjson
 
 from app.adapters.capabilities.egress import EgressRefused
+from app.adapters.capabilities.secrets import redacted
 from app.kit.retry_after import retry_after_s
 from app.ports import CallFailed
 
@@ -109,10 +111,11 @@ def status_failure(response: httpx.Response, detail: str) -> CallFailed:
     return CallFailed("capability_refused", text, retryable=False)
 
 
-def detail_of(body: bytes) -> str:
+def detail_of(body: bytes, secrets: Iterable[str] = ()) -> str:
     """The sentence in a JSON problem (RFC 9457) or a similar body, for people; "" without one.
 
-    Control characters are gone and the length is bounded; secrets must be hidden by the caller.
+    Control characters are gone and the length is bounded. Secrets are hidden before that: half a
+    secret would not be found.
     """
     try:
         found: Any = orjson.loads(body)
@@ -122,7 +125,7 @@ def detail_of(body: bytes) -> str:
         return ""
     named = [found.get(name) for name in ("detail", "title", "message", "error")]
     texts = [text for text in named if isinstance(text, str) and text.strip()]
-    return plain_line(texts[0]) if texts else ""
+    return plain_line(redacted(texts[0], secrets)) if texts else ""
 
 
 def plain_line(text: str) -> str:

@@ -185,7 +185,7 @@ class HttpChannel:
         is_refusal = 400 <= status < 500 and status not in (401, 403, 408, 429)
         if is_refusal and refusal is not None:
             return refusal
-        detail = redacted(detail_of(body), self._target.secrets)
+        detail = detail_of(body, self._target.secrets)
         if refusal is not None:
             detail = plain_line(refusal.message)
         if status in _UNKNOWN_HERE:

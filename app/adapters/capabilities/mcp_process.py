@@ -22,9 +22,12 @@ from typing import Any
 import orjson
 
 from app.adapters.capabilities.http_outcome import plain_line
+from app.adapters.capabilities.secrets import redacted
+from app.kit.redact import redact
 
 log = logging.getLogger("flexrun.mcp")
 
+SECRET_CHARS_MIN = 6
 STDERR_LINES_MAX = 200
 UNREAD_BYTES_MAX = 8 * 1024 * 1024
 PR_SET_PDEATHSIG = 1
@@ -42,6 +45,12 @@ class Command:
     name: str
     arguments: tuple[str, ...]
     env: Mapping[str, str] = field(repr=False, default_factory=dict)
+
+    @property
+    def secrets(self) -> list[str]:
+        """The values of `env` whose names say so, if they are long enough to be told apart."""
+        shown = redact(dict(self.env))
+        return [v for k, v in self.env.items() if shown[k] != v and len(v) >= SECRET_CHARS_MIN]
 
 
 def commands_of(path: Path) -> dict[str, Command]:
@@ -88,6 +97,7 @@ class Child:
         assert process.stdout is not None
         assert process.stderr is not None
         self.name = command.name
+        self.secrets = command.secrets
         self._process = process
         self._exit_grace_s = exit_grace_s
         self._stdin = process.stdin
@@ -164,7 +174,8 @@ class Child:
                 continue
             for line in part.decode(errors="replace").splitlines()[:left]:
                 left -= 1
-                log.debug("stderr of MCP server %s: %s", self.name, plain_line(line))
+                shown = plain_line(redacted(line, self.secrets))
+                log.debug("stderr of MCP server %s: %s", self.name, shown)
 
 
 async def _discard(stream: asyncio.StreamReader) -> None:

@@ -31,6 +31,7 @@ from app.adapters.capabilities.mcp_protocol import (
     result_of,
 )
 from app.adapters.capabilities.mcp_session import McpSession
+from app.adapters.capabilities.secrets import redacted
 from app.kit.json_gate import JsonRefused, parse_json
 from app.ports import CallFailed
 
@@ -236,7 +237,7 @@ class StdioChannel:
 
     def _take(self, line: bytes) -> None:
         try:
-            message = parse_json(line)
+            message = redacted(parse_json(line), self._child.secrets)
         except JsonRefused as refused:
             self._spoil(line, f"is not strict JSON: {refused.detail}")
             return

@@ -1,6 +1,6 @@
 """Providers of models, one file a vendor, all on one kind of exchange (`exchange.py`).
 
-Only `bootstrap.py` may import this. The contract is `Provider` in `app/ports.py`; what the vendors
+Only `bootstrap/` may import this. The contract is `Provider` in `app/ports`; what the vendors
 have in common is in `wire.py`, and what an exchange means that gave no answer in `failures.py`.
 """
 

@@ -22,6 +22,7 @@ from app.adapters.providers.wire import (
     read,
 )
 from app.domain.chat import (
+    ANSWER_TOOL,
     ChatAnswer,
     ChatRequest,
     ChatRole,
@@ -35,7 +36,6 @@ API_VERSION = "2023-06-01"
 OUTPUT_TOKENS_MAX = 4096
 """The vendor demands a limit; this one, which every model allows, holds where none is asked for."""
 MODELS_PAGE = 1000
-ANSWER_TOOL = "give_answer"
 
 
 class AnthropicProvider:

@@ -22,6 +22,7 @@ from app.adapters.providers.failures import (
     Garbage,
     error_word,
     failure,
+    is_echo,
     status_failure,
 )
 from app.adapters.providers.framing import EventStream, Framing, JsonLines
@@ -155,9 +156,11 @@ class Exchange:
                         return await receive(response)
                     # Known from here on, even if the body with the vendor's word never comes.
                     known = self._status_failure(response, "")
-                    raise self._status_failure(response, await _error_word(response))
+                    word = await _error_word(response)
+                    shown = "" if is_echo(word, request) else word
+                    raise self._status_failure(response, shown)
         except (TimeoutError, httpx.HTTPError, Garbage, BrokenOff) as error:
-            failed = known or failure(self._name, error)
+            failed = known or failure(self._name, error, request)
         # Raised out here it does not hold on to that error: those of libraries have the request
         # with its key, and can quote what came back.
         raise failed

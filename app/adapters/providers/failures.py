@@ -10,7 +10,8 @@
 | 2xx that can not be read | provider_garbage | yes | no |
 
 Vendors can also fail in the middle of a stream, whose status was 200: then the vendor's own word
-for the error decides. No text of a request or an answer gets into a message, but for that word.
+for the error decides. No text of a request or an answer gets into a message, but for that word;
+and not even that where it repeats a part of the request.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ import httpx
 
 from app.domain.chat import LlmUnavailableError
 from app.kit.retry_after import retry_after_s
+
+ECHO_CHARS_MIN = 6
+"""Shorter values of headers are no secrets, and stand in many words."""
 
 _WORD = re.compile(r"[a-z0-9_.-]{1,64}")
 # The statuses that OpenAI and Anthropic document for the errors which they also send in streams.
@@ -51,9 +55,9 @@ class BrokenOff(Exception):
 
 
 def failure(
-    name: str, error: TimeoutError | httpx.HTTPError | Garbage | BrokenOff
+    name: str, error: TimeoutError | httpx.HTTPError | Garbage | BrokenOff, request: httpx.Request
 ) -> TimeoutError | LlmUnavailableError:
-    """What an error of an exchange with the provider `name` means. It is not kept as a cause."""
+    """What an error of this exchange with the provider `name` means. It is not kept as a cause."""
     match error:
         case TimeoutError() | httpx.TimeoutException():
             return TimeoutError(f"{name} gave no whole answer in time")
@@ -68,7 +72,8 @@ def failure(
             return LlmUnavailableError(
                 "provider_garbage", text, retryable=True, target_failed=False
             )
-    text = f"{name}: the answer is an error" + (f": {error.word}" if error.word else "")
+    shown = "" if is_echo(error.word, request) else error.word
+    text = f"{name}: the answer is an error" + (f": {shown}" if shown else "")
     return _of_status(_STATUS_OF_WORD.get(error.word, 500), text, None, None)
 
 
@@ -94,6 +99,19 @@ def _of_status(
         status=status,
         retry_after_s=retry_after,
     )
+
+
+def is_echo(word: str, request: httpx.Request) -> bool:
+    """Whether the vendor's word is, holds or is a part of something that was sent.
+
+    Some servers name an error by what they did not like: a key, or a prompt of one word. Case is
+    nothing, and of a header with a scheme ("Bearer …") the credential alone counts, too.
+    """
+    values = [value.decode("latin-1").lower() for _, value in request.headers.raw]
+    credentials = [value.rpartition(" ")[2] for value in values]
+    is_held = any(len(sent) >= ECHO_CHARS_MIN and sent in word for sent in (*values, *credentials))
+    sent_texts = (*values, request.content.decode().lower())
+    return is_held or any(word in sent for sent in sent_texts)
 
 
 def error_word(error: Any) -> str:

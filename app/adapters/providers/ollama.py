@@ -96,10 +96,11 @@ class OllamaProvider:
             options["num_predict"] = request.output_tokens_max
         if options:
             body["options"] = options
-        if request.form is AnswerForm.JSON:
-            body["format"] = answer_schema(request) or "json"
         if request.tools:
+            # The server holds the whole answer to a format, and then no tool can be called.
             body["tools"] = [function_tool(tool) for tool in request.tools]
+        elif request.form is AnswerForm.JSON:
+            body["format"] = answer_schema(request) or "json"
         return body
 
     def _messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:

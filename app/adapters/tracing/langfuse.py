@@ -6,7 +6,8 @@ attribute mapping". A call of a model is a generation, with tokens and cost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -96,12 +97,23 @@ def _attributes_of(span: Span) -> Attributes:
     return found
 
 
+@functools.lru_cache(maxsize=1_000)
+def _may_be_secret(key: str) -> bool:
+    """Whether `redact` looks at what is under this key: keys are few, and looking is dear."""
+    return bool(redact({key: "x"}) != {key: "x"})
+
+
 def _mask(*, params: MaskOtelSpansParams) -> MaskOtelSpansResult:
     """The second net: should content or a secret ever get into a span, it stops here."""
     patches = {}
     for identifier, span in params.spans.items():
-        before: dict[str, Any] = dict(span.attributes)
-        changed = {key: value for key, value in redact(before).items() if value != before[key]}
+        before: Mapping[str, Any] = span.attributes
+        suspects = {
+            key: value
+            for key, value in before.items()
+            if _may_be_secret(key) or (isinstance(value, str) and "@" in value)
+        }
+        changed = {k: value for k, value in redact(suspects).items() if value != before[k]}
         content = tuple(key for key in _CONTENT if key in before)
         if changed or content:
             patches[identifier] = OtelSpanPatch(set_attributes=changed, delete_attributes=content)

@@ -4,6 +4,7 @@
         plan
         execute_tool {capability}    an attempt of a node; a retry is another one
             chat {model}             a call of a model, CLIENT
+            execute_tool {capability}    a call that the node made itself
             verify                   a value that broke its contract
         verify                       the run's output did
 
@@ -170,6 +171,21 @@ class _Reading:
         span = self._span(name.VERIFY, "", own, parent.span_id, event.ts, attributes)
         self._end(span, event, errors[0]["code"] if errors else "invalid")
 
+    def tool_called(self, event: Event) -> None:
+        """The event comes at the end, and says how long the call took."""
+        data, node_id = event.data, event.node_id or ""
+        parent = self._nodes.get(node_id, self._root)
+        outcome = data["outcome"]
+        attributes: Attributes = {
+            name.TOOL_NAME: data["capability_id"],
+            name.NODE_ID: node_id,
+            name.OUTCOME: outcome,
+        }
+        start_ms = max(event.ts - round(data["duration_ms"]), parent.start_ms)
+        own, about = span_id(self._run_id, event.seq), data["capability_id"]
+        span = self._span(name.EXECUTE_TOOL, about, own, parent.span_id, start_ms, attributes)
+        self._end(span, event, "" if outcome == "ok" else outcome)
+
     # --- models -----------------------------------------------------------------------------------
 
     def model_called(self, event: Event) -> None:
@@ -215,5 +231,6 @@ _READ: dict[EventType, Callable[[_Reading, Event], None]] = {
     EventType.VALIDATION_ERROR: _Reading.broke_contract,
     EventType.LLM_REQUEST: _Reading.model_called,
     EventType.LLM_RESPONSE: _Reading.model_answered,
+    EventType.TOOL_CALLED: _Reading.tool_called,
     **dict.fromkeys((EventType(found) for found in TERMINAL_EVENTS), _Reading.ended),
 }

@@ -3,25 +3,18 @@
 Made by bootstrap instead of `store/notify.py`. A message carries no data but the number of its
 sender, who does not listen to itself. Nobody waits for Redis here: what is announced while it is
 away is one more look for everybody when it is back, because whoever subscribes anew wakes up for
-every topic. The address holds a password, so it is never logged.
+every topic.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-
+from app.adapters.wake.connection import for_ever, make_client, next_message
 from app.ports import Topic
-
-log = logging.getLogger("flexrun.wake")
 
 CHANNELS = {topic: f"flexrun:{topic}" for topic in Topic}
 TOPICS = {channel: topic for topic, channel in CHANNELS.items()}
@@ -29,8 +22,8 @@ COALESCE_S = 0.01
 PUBLISH_S = 1.0
 QUIET_S = 10.0
 """A connection that says nothing for so long, not even to a ping, is given up."""
-PAUSE_FIRST_S = 0.1
-PAUSE_MAX_S = 2.0
+NOT_TOLD = "wake-ups by Redis are not told (%s): others see commits later"
+NOT_HEARD = "wake-ups by Redis are not heard (%s): others see commits later"
 
 
 class RedisWakeUps:
@@ -46,16 +39,7 @@ class RedisWakeUps:
         self._on_wake = on_wake
         self._has_company = has_company
         self._sender = secrets.token_hex(8)
-        self._client = Redis.from_url(
-            url,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=None,
-            socket_connect_timeout=QUIET_S,
-            protocol=2,
-            driver_info=None,
-            decode_responses=True,
-            encoding_errors="replace",
-        )
+        self._client = make_client(url)
         self._command: Callable[..., Awaitable[Any]] = self._client.execute_command
         self._due: set[Topic] = set()
         self._pending = asyncio.Event()
@@ -80,8 +64,8 @@ class RedisWakeUps:
 
     def start(self) -> None:
         self._tasks = [
-            asyncio.create_task(_for_ever(self._tell, "told"), name="wake-ups-tell"),
-            asyncio.create_task(_for_ever(self._listen, "heard"), name="wake-ups-listen"),
+            asyncio.create_task(for_ever(self._tell, NOT_TOLD), name="wake-ups-tell"),
+            asyncio.create_task(for_ever(self._listen, NOT_HEARD), name="wake-ups-listen"),
         ]
 
     async def aclose(self) -> None:
@@ -128,7 +112,7 @@ class RedisWakeUps:
             async with asyncio.timeout(QUIET_S):
                 await listener.subscribe(*TOPICS)
             while True:
-                self._hear(await _next_message(listener))
+                self._hear(await next_message(listener, QUIET_S))
                 self._is_listening = True
                 is_well()
         finally:
@@ -143,36 +127,3 @@ class RedisWakeUps:
             is_news = message["type"] == "subscribe"
         if is_news:
             self._on_wake(TOPICS[message["channel"]])
-
-
-async def _next_message(listener: PubSub) -> dict[str, Any]:
-    """The next message; a silent connection is asked for a sign of life, once."""
-    message = await listener.get_message(timeout=QUIET_S)
-    if message is None:
-        await listener.ping()
-        message = await listener.get_message(timeout=QUIET_S)
-    if message is None:
-        raise TimeoutError
-    return dict(message)
-
-
-async def _for_ever(serve: Callable[[Callable[[], None]], Awaitable[None]], what: str) -> None:
-    """Serve, and after each failure again, with a growing pause that a success ends."""
-    pause_s = PAUSE_FIRST_S
-
-    def is_well() -> None:
-        nonlocal pause_s
-        pause_s = PAUSE_FIRST_S
-
-    while True:
-        try:
-            await serve(is_well)
-        except Exception as error:  # whatever the driver raises: a wake-up stops nobody
-            if pause_s == PAUSE_FIRST_S:
-                log.warning(
-                    "wake-ups by Redis are not %s (%s): others see commits later",
-                    what,
-                    type(error).__name__,
-                )
-        await asyncio.sleep(pause_s)
-        pause_s = min(2 * pause_s, PAUSE_MAX_S)

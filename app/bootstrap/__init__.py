@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -14,58 +14,61 @@ from typing import Any
 
 import orjson
 
-from app.adapters.breakers.local import LocalBreakers
 from app.adapters.capabilities.builtin import BuiltinAdapter
 from app.adapters.capabilities.egress import EgressPolicy
 from app.adapters.capabilities.egress_transport import EgressTransport
 from app.adapters.capabilities.http import HttpAdapter
-from app.adapters.capabilities.llm import LlmAdapter
 from app.adapters.capabilities.mcp import McpAdapter
 from app.adapters.capabilities.mcp_import import registrations
 from app.adapters.capabilities.mcp_process import commands_of
 from app.adapters.capabilities.pack import standard_packs
+from app.adapters.capabilities.pack_brief_llm import BRIEF_LLM, BriefLlmAdapter
 from app.adapters.capabilities.secrets import SecretStore
 from app.adapters.tracing import open_exporters
+from app.bootstrap.errors import NotReady
+from app.bootstrap.models import open_catalog, open_gateway, open_providers
+from app.bootstrap.redis import open_breakers, open_delta_relay, open_wake_ups
 from app.domain.capability import CapabilityKind, Effect, Registration
-from app.domain.errors import FlexrunError
+from app.domain.record_shapes import RecordKind
+from app.journal.deltas import Deltas
 from app.journal.feed import Feed
 from app.journal.readings import open_readings
 from app.journal.record import Journal
+from app.journal.record_log import RecordsWanted
 from app.journal.tracer import TraceLimits
 from app.kit import failpoints
 from app.kit.drain import Drain
 from app.kit.metrics import Metrics, watched_loop
-from app.llm.cache import AnswerCache
-from app.llm.calls import ModelCalls, RetryPolicy
-from app.llm.catalog import Catalog, load_catalog
-from app.llm.gateway import Gateway
-from app.llm.models_file import ModelsInvalid
+from app.llm.catalog import Catalog
 from app.orchestrator.commands import Commands
-from app.orchestrator.execute import ExecutionLimits, Executor
+from app.orchestrator.execute import Executor
+from app.orchestrator.invoke import ExecutionLimits
 from app.orchestrator.lease import Lease
 from app.orchestrator.loop import Drive, LoopLimits
 from app.orchestrator.orders import Orders
 from app.orchestrator.planning import ModelPlanner
 from app.orchestrator.runner import Runner
 from app.planner.plan_envelope import PlanLimits
-from app.ports import Breakers, CapabilityAdapter, HotAnswers, Provider, Topic, WakeUps
+from app.ports import Breakers, CapabilityAdapter, Provider, Topic
 from app.registry.registry import Registry
-from app.settings import Role, Settings, variable
-from app.store.database import Database, HotConnection, connect
+from app.settings import Role, Settings
+from app.store.database import Database, connect
 from app.store.events import EventReader
 from app.store.fitness import unfit
-from app.store.notify import NotifyWakeUps
 from app.store.partitions import make_partitions, make_partitions_hot
 from app.store.queue_stats import QueueWatch
 from app.store.registry import RegistryStore
 
+__all__ = [
+    "NotReady",
+    "Services",
+    "offered_by_mcp",
+    "open_catalog",
+    "open_providers",
+    "open_services",
+]
+
 log = logging.getLogger("flexrun.bootstrap")
-
-
-class NotReady(FlexrunError):
-    """The service can not start; the message says what to do."""
-
-    code = "not_ready"
 
 
 @dataclass(slots=True)
@@ -124,10 +127,11 @@ async def open_services(
         lease.on_lost = worker_wake.set
 
         wake = {Topic.COMMITS: feed.nudge, Topic.WORK: worker_wake.set}
-        wake_ups = _wake_ups(settings, connect_here, lambda topic: wake[topic](), lease)
+        wake_ups = open_wake_ups(settings, connect_here, lambda topic: wake[topic](), lease)
         stack.push_async_callback(wake_ups.aclose)
+        relay = open_delta_relay(settings, feed, lease, stack)
         announce_work = partial(wake_ups.announce, Topic.WORK)
-        breakers = _breakers(settings, lease)
+        breakers = open_breakers(settings, lease)
         stack.push_async_callback(breakers.aclose)
         secrets = _secrets(settings.secrets_file)
         registry, adapters = await _open_registry(settings, database, secrets, stack)
@@ -145,7 +149,10 @@ async def open_services(
         journal = Journal(
             connect_here,
             await stack.enter_async_context(
-                open_readings(feed, reader, metrics, exporters, trace_limits, facets_of)
+                open_readings(
+                    *(feed, reader, metrics, exporters, trace_limits, facets_of),
+                    _records(settings, has_models=bool(providers)),
+                )
             ),
             make_partitions_hot,
             after_commit=partial(wake_ups.announce, Topic.COMMITS),
@@ -154,12 +161,19 @@ async def open_services(
         await journal.start()
         stack.push_async_callback(journal.close)
 
-        gateway = _gateway(settings, catalog, providers, breakers, database, stack)
+        gateway = open_gateway(settings, catalog, providers, breakers, database, stack)
         plan_limits = PlanLimits(settings.nodes_max, settings.edges_max, settings.depth_max)
         execution_limits = _execution_limits(settings)
         drive = Drive(
             journal=journal,
-            executor=Executor(adapters, registry.image, execution_limits, breakers, gateway),
+            executor=Executor(
+                adapters,
+                registry.image,
+                execution_limits,
+                breakers,
+                Deltas(feed, relay),
+                gateway,
+            ),
             image=registry.image,
             lease=lease,
             limits=LoopLimits(settings.events_max, settings.latency_record),
@@ -179,6 +193,8 @@ async def open_services(
             plan_limits,
             announce_work,
             settings.submit_timeout_s,
+            models_up=lambda: gateway is not None and gateway.is_up,
+            has_models=gateway is not None,
         )
 
         def nudge_workers() -> None:
@@ -226,6 +242,15 @@ def _execution_limits(settings: Settings) -> ExecutionLimits:
     )
 
 
+def _records(settings: Settings, *, has_models: bool) -> RecordsWanted:
+    flags = {
+        RecordKind.GENERATION: settings.log_generations,
+        RecordKind.FALLBACK: settings.log_fallbacks,
+        RecordKind.LATENCY: settings.log_latencies,
+    }
+    return RecordsWanted(frozenset(kind for kind, is_on in flags.items() if is_on), has_models)
+
+
 async def _open_registry(
     settings: Settings, database: Database, secrets: SecretStore, stack: AsyncExitStack
 ) -> tuple[Registry, dict[CapabilityKind, CapabilityAdapter]]:
@@ -240,13 +265,14 @@ async def _open_registry(
         CapabilityKind.BUILTIN: BuiltinAdapter(packs),
         CapabilityKind.HTTP: http,
         CapabilityKind.MCP: mcp,
-        CapabilityKind.LLM: LlmAdapter(),
+        CapabilityKind.LLM: BriefLlmAdapter(),
     }
     registry = Registry(RegistryStore(database), adapters, sweep_s=settings.sweep_s)
     await registry.start()
     stack.push_async_callback(registry.close)
     for pack in packs:
         await registry.seed(pack.facets(), pack.registrations())
+    await registry.seed((), BRIEF_LLM)
     return registry, adapters
 
 
@@ -273,116 +299,6 @@ async def offered_by_mcp(
         stack.push_async_callback(mcp.aclose)
         tools = await mcp.tools(config, timeout_s)
     return registrations(tools, config, effect=effect, prefix=prefix)
-
-
-def open_catalog(settings: Settings) -> Catalog:
-    """The catalog of the operator's file, with the variables of this process. Raises
-    `ModelsInvalid`."""
-    return load_catalog(settings.models_file, variable)
-
-
-def open_providers(catalog: Catalog) -> dict[str, Provider]:
-    """Those that can be called, by name; they connect on their first call, and have to be closed.
-
-    Raises `ModelsInvalid` for an address or a key that HTTP can not carry.
-    """
-    able = [found for found in catalog.providers.values() if not found.unavailable]
-    if not able:
-        return {}
-    from app.adapters.providers import Endpoint, make_provider  # noqa: PLC0415 - only with models
-
-    try:
-        endpoints = [
-            Endpoint(p.name, p.kind, p.base_url, p.key, p.headers, p.project, p.api) for p in able
-        ]
-    except ValueError as error:  # it names the provider and the field, never a value
-        raise ModelsInvalid(f"The file of models can not be used: {error}.") from None
-    return {endpoint.name: make_provider(endpoint) for endpoint in endpoints}
-
-
-def _gateway(
-    settings: Settings,
-    catalog: Catalog,
-    providers: Mapping[str, Provider],
-    breakers: Breakers,
-    database: Database,
-    stack: AsyncExitStack,
-) -> Gateway | None:
-    """The way to models; None when no provider is configured."""
-    if not providers:
-        return None
-    retries = RetryPolicy(
-        settings.max_retries + 1, settings.backoff_base_ms, settings.backoff_max_ms
-    )
-    calls = ModelCalls(catalog, providers, breakers, retries)
-    cache = None
-    if settings.llm_cache_days:
-        cache = AnswerCache(database, _hot_answers(settings, stack))
-        stack.push_async_callback(cache.aclose)
-    return Gateway(catalog, calls, cache, timeout_s=settings.provider_timeout_s)
-
-
-def _hot_answers(settings: Settings, stack: AsyncExitStack) -> HotAnswers | None:
-    if settings.redis_url is None:
-        return None
-    from app.adapters.llm_cache.redis import RedisHotAnswers  # noqa: PLC0415 - only with a Redis
-
-    with _redis_address():
-        url = settings.redis_url.get_secret_value()
-        hot = RedisHotAnswers(url, budget_s=settings.redis_budget_ms / 1000)
-    stack.push_async_callback(hot.aclose)
-    return hot
-
-
-def _wake_ups(
-    settings: Settings,
-    connect_here: Callable[[], Awaitable[HotConnection]],
-    on_wake: Callable[[Topic], None],
-    lease: Lease,
-) -> WakeUps:
-    """By Redis where there is one, else by the database itself."""
-
-    def has_company() -> bool:
-        return lease.has_company
-
-    if settings.redis_url is None:
-        return NotifyWakeUps(connect_here, on_wake=on_wake, has_company=has_company)
-    from app.adapters.wake.redis import RedisWakeUps  # noqa: PLC0415 - only with a Redis
-
-    with _redis_address():
-        url = settings.redis_url.get_secret_value()
-        return RedisWakeUps(url, on_wake=on_wake, has_company=has_company)
-
-
-def _breakers(settings: Settings, lease: Lease) -> Breakers:
-    """Shared by Redis where there is one, else this process's own."""
-
-    def worker_id() -> str:
-        return lease.worker_id
-
-    threshold, cooldown_s = settings.cb_threshold, settings.cb_cooldown_s
-    if settings.redis_url is None:
-        return LocalBreakers(threshold=threshold, cooldown_s=cooldown_s, worker_id_of=worker_id)
-    from app.adapters.breakers.redis import RedisBreakers  # noqa: PLC0415 - only with a Redis
-
-    with _redis_address():
-        return RedisBreakers(
-            settings.redis_url.get_secret_value(),
-            threshold=threshold,
-            cooldown_s=cooldown_s,
-            worker_id_of=worker_id,
-            budget_s=settings.redis_budget_ms / 1000,
-        )
-
-
-@contextmanager
-def _redis_address() -> Iterator[None]:
-    try:
-        yield
-    except ValueError:  # its text holds the address, and that holds a password
-        raise NotReady(
-            "REDIS_URL is no address of a Redis. It looks like redis://user:password@host:6379/0."
-        ) from None
 
 
 def _secrets(path: Path | None) -> SecretStore:
