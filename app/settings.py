@@ -141,6 +141,9 @@ class Settings(BaseSettings):
         description="YAML file of providers and models; without it models.yaml in the working "
         "directory, if there is one.",
     )
+    models_enabled: bool = Field(
+        True, description="No call of a model is made without it, whatever is configured."
+    )
     llm_cache_days: int = Field(
         30,
         ge=0,

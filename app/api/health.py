@@ -16,7 +16,7 @@ from app.store.partitions import days_prepared
 
 router = APIRouter(tags=["probes"])
 
-DISPENSABLE = ("redis",)
+DISPENSABLE = ("redis", "models")
 """Without it runs go on: wake-ups are polled for, and every process has breakers of its own."""
 
 _PROBE: dict[int | str, dict[str, Any]] = {
@@ -60,6 +60,8 @@ async def _checks(services: Services) -> dict[str, dict[str, Any]]:
         "draining": {"ok": not services.drain.is_draining},
         "lease": {"ok": services.lease.held, "worker_id": services.lease.worker_id},
     }
+    if services.catalog.providers:
+        checks["models"] = _models(services)
     if services.settings.redis_url is not None:
         await services.breakers.views()  # asks Redis, so that the next line knows
         checks["redis"] = {"ok": not services.breakers.is_degraded}
@@ -73,6 +75,16 @@ async def _checks(services: Services) -> dict[str, dict[str, Any]]:
     checks["migrations"] = {"ok": not is_behind(revision), "revision": revision}
     checks["partitions"] = {"ok": days >= 1, "days_ahead": days}
     return checks
+
+
+def _models(services: Services) -> dict[str, Any]:
+    """Whether a prompt has a chance, as far as it is known without a call. Where no provider can be
+    called by its configuration, that is how it is meant."""
+    access = services.catalog.providers.values()
+    return {
+        "ok": not services.providers or services.commands.models_up(),
+        "providers": {found.name: found.unavailable or "configured" for found in access},
+    }
 
 
 def _answer(content: dict[str, Any], *, ok: bool) -> Response:

@@ -19,7 +19,7 @@ from app.store.database import Database
 def open_catalog(settings: Settings) -> Catalog:
     """The catalog of the operator's file, with the variables of this process. Raises
     `ModelsInvalid`."""
-    return load_catalog(settings.models_file, variable)
+    return load_catalog(settings.models_file, variable, is_enabled=settings.models_enabled)
 
 
 def open_providers(catalog: Catalog) -> dict[str, Provider]:

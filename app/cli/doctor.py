@@ -106,7 +106,7 @@ def _models(settings: Settings) -> Check:
     from app.settings import variable  # noqa: PLC0415
 
     try:
-        catalog = load_catalog(settings.models_file, variable)
+        catalog = load_catalog(settings.models_file, variable, is_enabled=settings.models_enabled)
     except ModelsInvalid as error:
         return Check("models", error.detail, True, "Correct the file; its comments tell how.")
     able = [name for name, found in catalog.providers.items() if not found.unavailable]

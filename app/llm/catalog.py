@@ -6,8 +6,9 @@ the catalog, and can not be chosen. Nothing is called from here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -71,9 +72,18 @@ class Catalog:
         return self.providers[model.provider].unavailable
 
 
-def load_catalog(path: Path | None, variable: Variable) -> Catalog:
+SWITCHED_OFF = "switched off by FLEXRUN_MODELS_ENABLED"
+PLACEHOLDER = re.compile(
+    r"(sk-)?(\.{3}|…|x{3,}|<.*>|changeme|change[-_]me|placeholder|your[-_ ].*)", re.IGNORECASE
+)
+"""Keys as examples and templates have them: to call with one would only open a breaker."""
+
+
+def load_catalog(path: Path | None, variable: Variable, *, is_enabled: bool = True) -> Catalog:
     """The catalog of this file; else of `models.yaml` in the working directory, if there is one;
     else an empty one. Paths of tokenizers are relative to the file. Raises `ModelsInvalid`.
+
+    Without `is_enabled` it says of every provider that it is switched off.
     """
     if path is None and not DEFAULT_FILE.exists():
         return Catalog()
@@ -81,6 +91,8 @@ def load_catalog(path: Path | None, variable: Variable) -> Catalog:
     found = read_models_file(path)
     counters = _counters(path, found)
     providers = {name: _access(name, entry, variable) for name, entry in found.providers.items()}
+    if not is_enabled:
+        providers = {n: replace(one, unavailable=SWITCHED_OFF) for n, one in providers.items()}
     models = {
         name: Model(
             name=name,
@@ -118,12 +130,18 @@ def _access(name: str, entry: ProviderEntry, variable: Variable) -> ProviderAcce
         project=project,
         api=entry.api,
         timeout_s=entry.timeout_s,
-        unavailable=_not_set(missing),
+        unavailable=_not_set(missing) or _no_key(entry.key_env, key),
     )
 
 
 def _not_set(names: list[str]) -> str:
     return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not set" if names else ""
+
+
+def _no_key(name: str | None, key: SecretStr | None) -> str:
+    if key is None or not PLACEHOLDER.fullmatch(key.get_secret_value().strip()):
+        return ""
+    return f"{name} is a placeholder"
 
 
 def _counters(path: Path, found: ModelsFile) -> dict[str, TokenCounter]:

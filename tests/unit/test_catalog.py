@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from app.domain.chat import ChatRole, Message, ModelRole, Tool, ToolCall, Usage
-from app.llm.catalog import Catalog, Variable, load_catalog
+from app.llm.catalog import SWITCHED_OFF, Catalog, Variable, load_catalog
 from app.llm.models_file import FAULTS_TOLD_MAX, FILE_BYTES_MAX, CostTier, ModelsInvalid, Prices
 from app.llm.tokens import CharacterCounter, projected, texts_of
 
@@ -424,3 +424,15 @@ def test_a_tokenizer_file_counts_exactly_and_is_never_cut_short(tmp_path: Path) 
 
     content = with_tokenizer(tmp_path, lambda path: path.write_text(CANARY))
     assert "the tokenizer file can not be read" in refused(tmp_path, content).detail
+
+
+@pytest.mark.parametrize("key", ["sk-…", "sk-...", "xxx", "<your key>", "changeme", "your-api-key"])
+def test_a_key_as_examples_have_it_is_none(key: str, tmp_path: Path) -> None:
+    far = loaded(tmp_path, FAR_KEY=key, FAR_PROJECT="f-1").providers["far"]
+    assert far.unavailable == "FAR_KEY is a placeholder"
+
+
+def test_models_can_be_switched_off_whatever_is_configured(tmp_path: Path) -> None:
+    given = variables(FAR_KEY="k", FAR_PROJECT="f-1")
+    catalog = load_catalog(written(tmp_path, VALID), given, is_enabled=False)
+    assert {found.unavailable for found in catalog.providers.values()} == {SWITCHED_OFF}
