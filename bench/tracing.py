@@ -16,6 +16,7 @@ import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 
 from bench import client, process
 from bench.process import Running
@@ -24,7 +25,7 @@ from bench.shapes import AT_ONCE, throughput
 from bench.stats import Goal, Ratio
 
 RUNS = 300
-TURNS = 7
+TURNS = 8
 SETTLE_S = 0.4
 """At most so long before a slice: exporting comes in beats, which no slice should begin with."""
 FIT_S = 20.0
@@ -56,29 +57,43 @@ Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
 async def tracing(rig: Rig) -> None:
-    """Every way in turn, `TURNS` times; each time counts as a round of its own."""
+    """Every way in turn, `TURNS` times; all turns of a way together are its round."""
     if "tracing" not in rig.kept:
         rig.kept["tracing"] = await _services(rig)
     services: dict[str, Running] = rig.kept["tracing"]
+    sums = {name: _Sum() for name in services}
     names = list(services)
     for _ in range(rig.count(TURNS)):
         for name in names:
-            await _slice(rig, name, services[name])
+            await _slice(rig.count(RUNS, least=AT_ONCE), services[name], sums[name])
         names.append(names.pop(0))  # nobody always comes behind the same one
+    for name, total in sums.items():
+        rig.book.add(name, "runs/s", total.runs / total.seconds)
+        rig.book.add(f"{name}: {CPU}", "ms/run", total.cpu_ms / total.runs)
+        if name in (OTLP, LANGFUSE):
+            rig.book.add(f"{name}: {TOLD}", "runs/run", total.told / total.runs)
 
 
-async def _slice(rig: Rig, name: str, service: Running) -> None:
+@dataclass(slots=True)
+class _Sum:
+    """What all turns of one way come to. A single one is too short to mean anything."""
+
+    runs: int = 0
+    seconds: float = 0.0
+    cpu_ms: float = 0.0
+    told: int = 0
+
+
+async def _slice(count: int, service: Running, total: _Sum) -> None:
     """One turn of one service, which is awake for as long as it lasts."""
     async with _awake(service):
         await asyncio.sleep(random.uniform(0, SETTLE_S))
-        count = rig.count(RUNS, least=AT_ONCE)
         before = await _exported(service)
         rate, cpu_ms = await throughput(service, count)
-        told = await _exported(service) - before
-    rig.book.add(name, "runs/s", rate)
-    rig.book.add(f"{name}: {CPU}", "ms/run", cpu_ms)
-    if name in (OTLP, LANGFUSE):
-        rig.book.add(f"{name}: {TOLD}", "runs/run", told / count)
+        total.told += await _exported(service) - before
+    total.runs += count
+    total.seconds += count / rate
+    total.cpu_ms += cpu_ms * count
 
 
 async def _exported(service: Running) -> int:
