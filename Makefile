@@ -45,7 +45,7 @@ install: $(VENV)/.dev ## Make the virtual environment with everything that tests
 .PHONY: test
 test: $(VENV)/.dev ## Run all tests on real Postgres and Redis, and hold the coverage floors
 	@$(COVERAGE) erase
-	@$(COVERAGE) run -m pytest -n $(WORKERS) --junitxml build/test-results/junit.xml $(ARGS)
+	@$(COVERAGE) run -m pytest -n $(WORKERS) --dist worksteal --junitxml build/test-results/junit.xml $(ARGS)
 	@$(COVERAGE) combine --quiet
 	@$(COVERAGE) report --fail-under 90 --format total >/dev/null \
 		|| { $(COVERAGE) report; echo "coverage of app/ is below 90 %" >&2; exit 1; }

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -34,6 +36,24 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     own_names = ("DATABASE_URL", "REDIS_URL", "MAX_RETRIES", "PROVIDER_TIMEOUT_S")
     for name in (*own_names, "CB_THRESHOLD", "CB_COOLDOWN_S"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def untraced() -> Iterator[None]:
+    """No coverage: it makes loops over thousands of examples two or three times as slow."""
+    here, elsewhere = sys.gettrace(), threading.gettrace()
+    sys.settrace(None)
+    threading.settrace(None)
+    yield
+    threading.settrace(elsewhere)
+    sys.settrace(here)
+
+
+@pytest.fixture(autouse=True)
+def _properties_are_untraced(request: pytest.FixtureRequest) -> None:
+    """What a property covers beyond the examples of other tests differs from run to run, too."""
+    if getattr(request.function, "is_hypothesis_test", False):
+        request.getfixturevalue("untraced")
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +97,7 @@ async def fresh_database(postgres_dsn: str) -> AsyncIterator[str]:
     name = f"test_{next(_numbers)}"
     admin = await asyncpg.connect(postgres_dsn)
     try:
-        await admin.execute(f"create database {name} template {template}")
+        await admin.execute(f"create database {name} template {template} strategy file_copy")
         yield with_database(postgres_dsn, name)
         await admin.execute(f"drop database {name} with (force)")
     finally:

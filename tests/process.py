@@ -6,12 +6,13 @@ import asyncio
 import os
 import re
 import signal
-import sys
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 from app.settings import Role
+from tests.forks import Process, launch
 
 READY = re.compile(r"ready at (http://\S+)")
 START_S = 30.0
@@ -22,37 +23,37 @@ END_S = 20.0
 class ServiceProcess:
     """A running process of the service. `url` is None when it died before it was ready."""
 
-    process: asyncio.subprocess.Process
-    url: str | None
+    process: Process
+    url: str | None = None
     lines: list[str] = field(default_factory=list)
     _reader: asyncio.Task[None] | None = None
 
     async def wait_dead(self) -> int:
         """Its exit code, -9 after SIGKILL; fails the test when it lives on."""
-        code = await asyncio.wait_for(self.process.wait(), END_S)
+        code = await asyncio.to_thread(self.process.wait, END_S)
         if self._reader is not None:
             await self._reader
         return code
 
     async def kill(self) -> None:
         """kill -9, unless it is dead already."""
-        if self.process.returncode is None:
-            self.process.send_signal(signal.SIGKILL)
+        self.process.send_signal(signal.SIGKILL)
         await self.wait_dead()
 
     async def stop(self) -> int:
         """SIGTERM and wait for an orderly end; one that does not come is forced."""
-        if self.process.returncode is None:
-            self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGTERM)
         try:
             return await self.wait_dead()
-        except TimeoutError:
+        except subprocess.TimeoutExpired:
             await self.kill()
             raise
 
 
-async def start_service(dsn: str, role: Role = "serve", /, **settings: str) -> ServiceProcess:
-    """Start it on a free port and wait until it is ready, or dead."""
+async def start_service(
+    dsn: str, role: Role = "serve", /, *, executed: bool = False, **settings: str
+) -> ServiceProcess:
+    """Start it on a free port and wait until it is ready, or dead. `executed`: see `forks.py`."""
     environment = {
         **os.environ,
         "DATABASE_URL": dsn,
@@ -65,24 +66,33 @@ async def start_service(dsn: str, role: Role = "serve", /, **settings: str) -> S
     }
     # What ends by SIGKILL is never measured: spare these processes the cost of being traced.
     environment.pop("COVERAGE_PROCESS_CONFIG", None)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "app.cli.main", role, "--port", "0"),
-        env=environment,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    service = ServiceProcess(process, None)
+    said, say = os.pipe()
+    try:
+        process = await asyncio.to_thread(
+            launch,
+            *(role, "--port", "0"),
+            env=environment,
+            stdout=say,
+            stderr=say,
+            executed=executed,
+        )
+    finally:
+        os.close(say)
+    service = ServiceProcess(process)
     ready = asyncio.Event()
-    service._reader = asyncio.create_task(_read(service, ready))
+    service._reader = asyncio.create_task(_read(service, said, ready))
     async with asyncio.timeout(START_S):
         await ready.wait()
     return service
 
 
-async def _read(service: ServiceProcess, ready: asyncio.Event) -> None:
+async def _read(service: ServiceProcess, said: int, ready: asyncio.Event) -> None:
     """Keep the output, find the address, and notice the end."""
-    assert service.process.stdout is not None
-    async for line in service.process.stdout:
+    stream = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(said, "rb")
+    )
+    async for line in stream:
         text = line.decode(errors="replace").rstrip()
         service.lines.append(text)
         if service.url is None and (match := READY.search(text)):
@@ -93,10 +103,10 @@ async def _read(service: ServiceProcess, ready: asyncio.Event) -> None:
 
 @asynccontextmanager
 async def service_process(
-    dsn: str, role: Role = "serve", /, **settings: str
+    dsn: str, role: Role = "serve", /, *, executed: bool = False, **settings: str
 ) -> AsyncIterator[ServiceProcess]:
     """A process that is gone at the end, however the test ends."""
-    service = await start_service(dsn, role, **settings)
+    service = await start_service(dsn, role, executed=executed, **settings)
     try:
         yield service
     finally:
@@ -105,13 +115,16 @@ async def service_process(
 
 @asynccontextmanager
 async def service_processes(
-    dsn: str, *roles: Role, **settings: str
+    dsn: str, *roles: Role, executed: bool = False, **settings: str
 ) -> AsyncIterator[list[ServiceProcess]]:
     """Several at once, in the order of their roles."""
     async with AsyncExitStack() as stack:
         starting = [
             asyncio.create_task(
-                stack.enter_async_context(service_process(dsn, role, **settings)), name=role
+                stack.enter_async_context(
+                    service_process(dsn, role, executed=executed, **settings)
+                ),
+                name=role,
             )
             for role in roles
         ]

@@ -111,7 +111,8 @@ async def take_over(rig: Rig) -> None:
     await rig.add("worker")
     await rig.add("worker")
     await rig.start()
-    nodes = [_tool("idem", work_s=1.5), _tool("once", effect="once", work_s=1.5)]
+    # Long enough that a busy machine finds the driver and kills it before the tool has answered.
+    nodes = [_tool("idem", work_s=1.5), _tool("once", effect="once", work_s=4.0)]
     nodes.append(_tool("tail", "idem", work_s=1.5))
     order = _order("taken", *nodes, node("end", "tail", "once"), by_stream=False)
     run_id = await rig.clients.submit(order)

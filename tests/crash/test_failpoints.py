@@ -62,9 +62,9 @@ class Client:
         self.runs: dict[str, str] = {}
         self.service: ServiceProcess | None = None
 
-    async def start(self, **settings: str) -> bool:
+    async def start(self, failpoint: str = "") -> bool:
         """A new life of the service; False when it died before it was ready."""
-        self.service = await start_service(self.dsn, **settings)
+        self.service = await start_service(self.dsn, failpoint=failpoint)
         return self.service.url is not None
 
     @property

@@ -133,7 +133,7 @@ async def driven_by(client: httpx.AsyncClient) -> float:
 async def test_apis_accept_and_stream_what_a_worker_drives(dsn: str, tool: Tool) -> None:
     log = ClientLog()
     async with (
-        service_processes(dsn, "api", "api") as (first, second),
+        service_processes(dsn, "api", "api", executed=True) as (first, second),
         client_of(first) as api,
         client_of(second) as other,
     ):
@@ -144,7 +144,10 @@ async def test_apis_accept_and_stream_what_a_worker_drives(dsn: str, tool: Tool)
             await follower.seen("RUN_QUEUED")
         assert (await other.get(f"/v1/runs/{run_id}")).json()["status"] == "queued"
 
-        async with service_process(dsn, "worker") as process, client_of(process) as worker:
+        async with (
+            service_process(dsn, "worker", executed=True) as process,
+            client_of(process) as worker,
+        ):
             for follower in followers:
                 await follower.seen("NODE_START", "B")
             # Shown live, over both: the tool has not answered yet.
@@ -286,7 +289,7 @@ async def test_a_run_that_kills_its_workers_is_given_up_and_harms_nobody(dsn: st
         assert (await Follower(api, run_id, log).to_the_end())[-1] == "RUN_FAILED"
         for neighbour in neighbours:
             assert (await Follower(api, neighbour, log).to_the_end())[-1] == "RUN_DONE"
-        dead = [worker.process.pid for worker in workers if worker.process.returncode is not None]
+        dead = [worker.process.pid for worker in workers if worker.process.poll() is not None]
         assert sorted(dead) == sorted(victims)
         assert len(set(victims)) == 3, "the third loss is the last"
 

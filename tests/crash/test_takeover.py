@@ -76,7 +76,7 @@ async def test_a_living_worker_takes_the_runs_of_a_killed_one(dsn: str, tool: To
         await asyncio.wait_for(tool.called.wait(), PATIENCE_S)
         tool.gate.set()
         await wait_for(dsn, run_id, "RUN_DONE")
-        assert second.process.returncode is None
+        assert second.process.poll() is None
 
     journal = (await check(dsn, ClientLog({run_id}), tool.ledger))[run_id]
     recovered = of_type(journal, "RUN_RECOVERED")
@@ -293,14 +293,14 @@ async def test_a_service_that_owns_its_postgres_waits_for_no_lease_after_a_crash
     tmp_path: Path, tool: Tool
 ) -> None:
     """Its Postgres died with it and came back with it: no earlier worker can be alive."""
-    async with service_process("", data_dir=str(tmp_path)) as first:
+    async with service_process("", executed=True, data_dir=str(tmp_path)) as first:
         run_id = await begin(first, tool, gated())
         with EmbeddedPostgres.start(tmp_path) as server:
             connection = await asyncpg.connect(server.dsn)
             lease_until = await connection.fetchval("select lease_until from workers")
             await connection.close()
         await first.kill()
-    async with service_process("", data_dir=str(tmp_path)) as second:
+    async with service_process("", executed=True, data_dir=str(tmp_path)) as second:
         await asyncio.wait_for(tool.called.wait(), PATIENCE_S)
         tool.gate.set()
         assert second.url is not None

@@ -4,20 +4,25 @@ and behind them in these tests (a proxy that cuts connections, a tool that is ca
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
-import sys
+import tempfile
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
-ROOT = Path(__file__).parents[2]
-COMMAND = (sys.executable, "-m", "app.cli.main")
+from tests.forks import COMMAND, ROOT, launch
+
+__all__ = ["COMMAND", "ROOT"]  # for who executes the program itself
+
 DEADLINE_S = 60.0
 READY = " is ready at "
 
@@ -39,27 +44,56 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
+class Running:
+    """A command that was started: what it prints can be read as it comes."""
+
+    def __init__(self, cli: Cli, args: Sequence[str], env: dict[str, str], stdin: str) -> None:
+        out, write_end = os.pipe()
+        self.stdout: IO[str] = os.fdopen(out)
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `end`
+        with os.fdopen(write_end, "wb") as printed, tempfile.TemporaryFile("w+") as asked:
+            asked.write(stdin)
+            asked.seek(0)
+            self.process = launch(
+                *args,
+                env={**cli.env, **env},
+                cwd=cli.folder,
+                stdin=asked.fileno(),
+                stdout=printed.fileno(),
+                stderr=self._complaints.fileno(),
+                executed=cli.executes,
+            )
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for its end: exit code, the rest of its output, and what it said on stderr."""
+        with self.stdout, self._complaints:
+            printed = self.stdout.read()
+            code = self.process.wait(DEADLINE_S)
+            self._complaints.seek(0)
+            return code, printed, self._complaints.read()
+
+
 class Cli:
     """Runs commands in a folder, against a service or a database."""
 
     def __init__(self, folder: Path, **env: str) -> None:
         self.folder = folder
         self.env = environment(**env)
+        self.executes = False
+
+    @property
+    def executed(self) -> Cli:
+        """The same, but commands are executed and not forked (`tests/forks.py`)."""
+        other = copy.copy(self)
+        other.executes = True
+        return other
 
     def __call__(
         self, *args: str | Path, stdin: str = "", **env: str
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
-        return subprocess.run(
-            [*COMMAND, *map(str, args)],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            cwd=self.folder,
-            env={**self.env, **env},
-            timeout=DEADLINE_S,
-            check=False,
-        )
+        command = [str(arg) for arg in args]
+        return subprocess.CompletedProcess(command, *Running(self, command, env, stdin).end())
 
     def ok(self, *args: str | Path, stdin: str = "") -> str:
         """Run a command that has to succeed; its output."""
@@ -71,17 +105,9 @@ class Cli:
         """Run a command with `--json`; its output as a value."""
         return json.loads(self.ok(*args, "--json"))
 
-    def start(self, *args: str | Path, **env: str) -> subprocess.Popen[str]:
+    def start(self, *args: str | Path, **env: str) -> Running:
         """Start a command and leave it running."""
-        return subprocess.Popen(
-            [*COMMAND, *map(str, args)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=self.folder,
-            env={**self.env, **env},
-        )
+        return Running(self, [str(arg) for arg in args], env, "")
 
 
 class Serving:
@@ -89,29 +115,27 @@ class Serving:
 
     def __init__(self, cli: Cli, *args: str, command: str = "serve", **env: str) -> None:
         self.log = cli.folder / "serve.log"
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*COMMAND, command, *args],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                cwd=cli.folder,
+        out, write_end = os.pipe()
+        self._stdout = os.fdopen(out)
+        with os.fdopen(write_end, "wb") as printed, self.log.open("ab") as log:
+            self.process = launch(
+                *(command, *args),
                 env={**cli.env, **env},
+                cwd=cli.folder,
+                stdout=printed.fileno(),
+                stderr=log.fileno(),
+                executed=cli.executes,
             )
-        assert self.process.stdout is not None
-        self.ready_line = self.process.stdout.readline().strip()
+        self.ready_line = self._stdout.readline().strip()
         assert READY in self.ready_line, self.log.read_text()
         self.url = self.ready_line.partition(READY)[2].split(" ")[0]
         self.port = int(self.url.rpartition(":")[2])
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(DEADLINE_S)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        self._stdout.close()
         return code
 
     def __enter__(self) -> Self:
@@ -152,31 +176,26 @@ class CuttingProxy:
             threading.Thread(target=self._relay, args=(client,), daemon=True).start()
 
     def _relay(self, client: socket.socket) -> None:
+        bytes_left: int | None = None  # of the answer that passes, when it is to be cut
         with client, socket.create_connection(self._target) as server:
-            while request := client.recv(65_536):
-                server.sendall(request)
-                is_stream = b"/events" in request.split(b"\r\n", 1)[0]
-                self.streams += is_stream
-                if not self._answer(client, server, is_cut=is_stream and self.cuts_left > 0):
-                    return
-
-    def _answer(self, client: socket.socket, server: socket.socket, *, is_cut: bool) -> bool:
-        """Pass one answer on; False when the connection is over."""
-        passed = 0
-        server.settimeout(None if is_cut else 0.05)
-        while True:
-            try:
-                answer = server.recv(65_536)
-            except TimeoutError:
-                return True  # the answer is complete, or a stream is idle: look at the client
-            if is_cut and passed + len(answer) >= self._after_bytes:
-                client.sendall(answer[: self._after_bytes - passed])
-                self.cuts_left -= 1
-                return False
-            passed += len(answer)
-            if not answer:
-                return False
-            client.sendall(answer)
+            while True:
+                ready, _, _ = select.select([client, server], [], [])
+                if client in ready:
+                    if not (request := client.recv(65_536)):
+                        return
+                    is_stream = b"/events" in request.split(b"\r\n", 1)[0]
+                    self.streams += is_stream
+                    bytes_left = self._after_bytes if is_stream and self.cuts_left > 0 else None
+                    server.sendall(request)
+                if server in ready:
+                    if not (answer := server.recv(65_536)):
+                        return
+                    client.sendall(answer[:bytes_left])
+                    if bytes_left is not None:
+                        bytes_left -= len(answer)
+                        if bytes_left <= 0:
+                            self.cuts_left -= 1
+                            return
 
 
 class Tool:

@@ -54,23 +54,18 @@ async def _execute(dsn: str, statement: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def empty_dsn(postgres_dsn: str) -> str:
-    """An empty database for the whole file; the first `flexrun migrate` fills it."""
+def cli(postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Cli:
+    """Commands on a database that the first `flexrun migrate` fills."""
+    folder = tmp_path_factory.mktemp("cli")  # has a number: the file may be taken up twice
     # In a thread of its own: pytest-asyncio keeps a loop in this one.
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, _execute(postgres_dsn, "create database cli")).result()
-    return with_database(postgres_dsn, "cli")
-
-
-@pytest.fixture(scope="module")
-def cli(empty_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Cli:
-    """Commands on a migrated database."""
-    cli = Cli(tmp_path_factory.mktemp("cli"), DATABASE_URL=empty_dsn)
+        pool.submit(asyncio.run, _execute(postgres_dsn, f"create database {folder.name}")).result()
+    cli = Cli(folder, DATABASE_URL=with_database(postgres_dsn, folder.name))
     refused = cli("serve", "--port", "0")
     assert refused.returncode == 3
     assert "flexrun migrate" in refused.stderr
     assert "Traceback" not in refused.stderr
-    assert head_revision() in cli.ok("migrate")
+    assert head_revision() in cli.executed.ok("migrate")
     return cli
 
 
@@ -80,7 +75,7 @@ def serving(cli: Cli) -> Iterator[Serving]:
     with Serving(cli, "--port", "0") as serving:
         cli.env["FLEXRUN_URL"] = serving.url
         yield serving
-    assert serving.process.returncode == 0
+    assert serving.process.poll() == 0
 
 
 @pytest.fixture
@@ -111,7 +106,8 @@ def seqs_of(printed: str) -> list[int]:
 
 @pytest.mark.usefixtures("serving")
 def test_run_from_a_file_prints_every_event_and_the_output(cli: Cli, tmp_path: Path) -> None:
-    done = cli("run", write(tmp_path, "diamond.json", diamond()), "--label", "from-file")
+    envelope = write(tmp_path, "diamond.json", diamond())
+    done = cli.executed("run", envelope, "--label", "from-file")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     types = [line.split()[1] for line in lines[1:13]]
@@ -344,7 +340,7 @@ def test_sigterm_during_a_run_ends_in_order_and_the_next_service_finishes_it(
 ) -> None:
     cli = Cli(tmp_path, DATABASE_URL=dsn)
     port = str(free_port())
-    serving = Serving(cli, "--port", port)
+    serving = Serving(cli.executed, "--port", port)
     register(serving, tool.registration("slow", "idempotent"))
     envelope = write(tmp_path, "wait.json", graph(WAITING))
     client = cli.start("run", envelope, "--url", serving.url)
@@ -352,8 +348,8 @@ def test_sigterm_during_a_run_ends_in_order_and_the_next_service_finishes_it(
     assert serving.stop() == 0
     tool.release.set()
     with Serving(cli, "--port", port):
-        printed, complained = client.communicate(timeout=60)
-    assert client.returncode == 0, printed + complained
+        code, printed, complained = client.end()
+    assert code == 0, printed + complained
     assert "going on behind event" in complained
     assert "Traceback" not in serving.log.read_text()
     seqs = seqs_of(printed)
@@ -364,7 +360,7 @@ def test_a_second_interrupt_does_not_wait_for_running_calls(
     dsn: str, tool: Tool, tmp_path: Path
 ) -> None:
     cli = Cli(tmp_path, DATABASE_URL=dsn)
-    serving = Serving(cli, "--port", "0", FLEXRUN_DRAIN_GRACE_S="60")
+    serving = Serving(cli.executed, "--port", "0", FLEXRUN_DRAIN_GRACE_S="60")
     register(serving, tool.registration("slow", "idempotent"))
     httpx.post(f"{serving.url}/v1/runs", json=graph(WAITING)).raise_for_status()
     assert tool.called.wait(30)
@@ -512,7 +508,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_version(cli: Cli) -> None:
-    assert cli.ok("version").startswith("flexrun ")
+    assert cli.executed.ok("version").startswith("flexrun ")
 
 
 STREAM = (

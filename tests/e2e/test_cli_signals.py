@@ -50,9 +50,10 @@ def execute(dsn: str, statement: str, *arguments: Any) -> None:
 @pytest.fixture(scope="module")
 def cli(postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Cli:
     """Commands of an operator called ada, on a migrated database of this file."""
-    execute(postgres_dsn, "create database cli_signals")
-    dsn = with_database(postgres_dsn, "cli_signals")
-    cli = Cli(tmp_path_factory.mktemp("cli"), DATABASE_URL=dsn, USER="ada", **BREAKERS)
+    folder = tmp_path_factory.mktemp("cli")  # has a number: the file may be taken up twice
+    execute(postgres_dsn, f"create database {folder.name}")
+    dsn = with_database(postgres_dsn, folder.name)
+    cli = Cli(folder, DATABASE_URL=dsn, USER="ada", **BREAKERS)
     cli.ok("migrate")
     return cli
 
@@ -63,7 +64,7 @@ def serving(cli: Cli) -> Iterator[Serving]:
     with Serving(cli, "--port", "0") as serving:
         cli.env["FLEXRUN_URL"] = serving.url
         yield serving
-    assert serving.process.returncode == 0
+    assert serving.process.poll() == 0
 
 
 @pytest.fixture
@@ -333,13 +334,12 @@ def test_run_resume_watches_a_run_that_is_under_way(
     run_id = at_the_gate(serving, ledger, "watched")
 
     watching = cli.start("run", "--resume", run_id)
-    assert watching.stdout is not None
     head = watching.stdout.readline()
     ledger.gate.set()
-    printed, complained = watching.communicate(timeout=DEADLINE_S)
+    code, printed, complained = watching.end()
 
     assert head == f"run {run_id}\n"
-    assert watching.returncode == 0, complained
+    assert code == 0, complained
     assert "is there already: it is running" in complained
     assert "RUN_DONE" in printed
     assert "RUN_START" not in printed, "only what is new is told"
@@ -483,15 +483,15 @@ def test_a_signal_that_nobody_applies_stays_accepted(dsn: str, tmp_path: Path) -
         run_id = submit(serving, diamond())
 
         late = cli("cancel", run_id, "--timeout", "0.1")
-        waiting = cli.start("cancel", run_id)
-        assert waiting.stdout is not None
+        # Not measured: coverage loses an interrupt that comes while it notes a line.
+        waiting = cli.start("cancel", run_id, COVERAGE_PROCESS_CONFIG="")
         assert waiting.stdout.readline().startswith("Accepted as signal ")
-        waiting.send_signal(signal.SIGINT)
-        _, complained = waiting.communicate(timeout=DEADLINE_S)
+        waiting.process.send_signal(signal.SIGINT)
+        code, _, complained = waiting.end()
 
         assert late.returncode == 1
         assert "accepted, but nobody applied it within 0.1 s" in late.stderr
         assert f"flexrun show {run_id} --debug" in late.stderr
-        assert waiting.returncode == 130
+        assert code == 130
         assert "The cancel stays accepted." in complained
         assert [stored["outcome"] for stored in signals_of(serving, run_id)] == [None, None]

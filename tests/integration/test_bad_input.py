@@ -196,7 +196,7 @@ INVALID: dict[str, tuple[Any, tuple[str, str]]] = {
     ),
     "runtime policy": (
         graph(echo_node("A"), policies={"runtime": [{"trigger": "cost"}]}),
-        ("too_long", "/policies/runtime"),
+        ("model_type", "/policies/runtime/0/trigger"),
     ),
     "goal condition": (
         graph(echo_node("A"), goal_conditions=[{}]),

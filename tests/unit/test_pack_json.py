@@ -79,6 +79,7 @@ def test_a_query_that_swells_is_stopped_early(query: str) -> None:
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.usefixtures("untraced")
 def test_the_work_on_a_large_value_is_bounded() -> None:
     with pytest.raises(CallFailed, match="steps"):
         run_query("[?" + "||".join(["a.b.c"] * 100) + "]", [{"a": {}}] * 20_000)

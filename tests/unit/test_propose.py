@@ -188,6 +188,12 @@ def test_the_prompt_holds_the_envelope_and_the_registry_and_nothing_else() -> No
     )
 
 
+def test_the_prompt_says_what_the_plan_shall_be_best_at() -> None:
+    made = asked(optimisation={"objective": "speed"})
+    prompt = planning_prompt(made, output_contract_of(made, IMAGE), [DRILL])
+    assert "\n\nOptimise for: speed\n\nInputs:" in prompt.messages[1].text
+
+
 def test_a_long_value_is_shown_shortened() -> None:
     made = envelope(inputs={"place": "x" * 100_000}, output=["verdict"])
     text = prompt_for(made)

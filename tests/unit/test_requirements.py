@@ -1,6 +1,7 @@
 """The requirement files name what the code imports, and the locks hold nothing but hashed pins."""
 
 import ast
+import functools
 import re
 import sys
 from importlib.metadata import packages_distributions
@@ -56,9 +57,13 @@ def imported(*folders: str) -> set[str]:
     return {owner_of(module) for module in modules - OURS - sys.stdlib_module_names}
 
 
+# Reads what every installed distribution holds: once is enough.
+distributions = functools.cache(packages_distributions)
+
+
 def owner_of(module: str) -> str:
     """The distribution of a module; of those that share a namespace one that is asked for."""
-    owners = [normal(name) for name in packages_distributions().get(module, [module])]
+    owners = [normal(name) for name in distributions().get(module, [module])]
     asked = asked_for(RUNTIME) | asked_for(DEV)
     return next((name for name in owners if name in asked), owners[0])
 
