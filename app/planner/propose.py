@@ -123,7 +123,6 @@ class _Asking:
         graph = self.envelope.goal_graph
         if graph is None or not self.is_step:
             return None
-        ready_now(graph, self.progress)
         return draft_named(graph, self.progress)
 
     def prompt(self, attempt: int, faults: tuple[Fault, ...]) -> Prompt:
