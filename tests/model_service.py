@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import make_settings
-from tests.model_server import ModelServer
+from tests.conftest import fresh_database, make_settings
+from tests.model_server import ModelServer, running_model_server
 from tests.service import RunningService, running_service
+from tests.shared_service import audit
 
 MODELS = """
 providers:
@@ -48,3 +49,18 @@ async def service_with(
             response = await service.client.post("/v1/capabilities", json=registration)
             assert response.status_code in (200, 201), response.text
         yield service
+
+
+@asynccontextmanager
+async def shared_models(
+    postgres_dsn: str, folder: Path, *capabilities: dict[str, Any], **settings: object
+) -> AsyncIterator[tuple[RunningService, ModelServer]]:
+    """One service and its models for all tests of a file, on a database of its own; its journal is
+    audited when it has stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        async with fresh_database(postgres_dsn) as dsn, running_model_server() as models:
+            async with service_with(
+                models, dsn, folder, patch, *capabilities, **settings
+            ) as service:
+                yield service, models
+            await audit(dsn)

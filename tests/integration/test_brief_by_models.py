@@ -12,10 +12,10 @@ import pytest_asyncio
 
 from app.adapters.capabilities.outline import outline_of
 from app.adapters.capabilities.pack_brief_llm import BRIEF_LLM
-from tests.conftest import fresh_database, make_settings
+from tests.conftest import make_settings
 from tests.far_side import answer
-from tests.model_server import ModelServer, running_model_server
-from tests.model_service import service_with
+from tests.model_server import ModelServer
+from tests.model_service import service_with, shared_models
 from tests.service import RunningService, running_service
 from tests.shared_service import audit, until
 
@@ -37,11 +37,8 @@ async def shared(
     postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[tuple[RunningService, ModelServer]]:
     folder = tmp_path_factory.mktemp("models")
-    with pytest.MonkeyPatch.context() as patch:
-        async with fresh_database(postgres_dsn) as dsn, running_model_server() as models:
-            async with service_with(models, dsn, folder, patch, llm_cache_days=0) as service:
-                yield service, models
-            await audit(dsn)
+    async with shared_models(postgres_dsn, folder, llm_cache_days=0) as found:
+        yield found
 
 
 @pytest_asyncio.fixture(loop_scope="module")

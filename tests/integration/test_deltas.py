@@ -24,12 +24,12 @@ from app.ports import Call
 from tests.conftest import fresh_database, make_settings
 from tests.envelopes import graph
 from tests.far_side import Behaviour, Exchange
-from tests.model_server import ModelServer, running_model_server
-from tests.model_service import MODELS, service_with
+from tests.model_server import ModelServer
+from tests.model_service import MODELS, shared_models
 from tests.redis_kit import make_client, until
 from tests.servers import RunningRedis
 from tests.service import RunningService, running_service
-from tests.shared_service import audit, rows
+from tests.shared_service import rows
 from tests.sse import SseEvent, SseParser
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -98,10 +98,8 @@ async def shared(
         patch.setattr(
             "app.bootstrap.standard_packs", lambda transport: [*standard_packs(transport), pack]
         )
-        async with fresh_database(postgres_dsn) as dsn, running_model_server() as models:
-            async with service_with(models, dsn, folder, patch, JUDGE) as service:
-                yield service, models
-            await audit(dsn)
+        async with shared_models(postgres_dsn, folder, JUDGE) as found:
+            yield found
 
 
 @pytest_asyncio.fixture(loop_scope="module")

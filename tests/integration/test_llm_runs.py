@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.conftest import fresh_database, make_settings
+from tests.conftest import make_settings
 from tests.envelopes import graph
 from tests.far_side import answer
-from tests.model_server import ModelServer, running_model_server
-from tests.model_service import KEY, service_with
+from tests.model_server import ModelServer
+from tests.model_service import KEY, service_with, shared_models
 from tests.service import RunningService, running_service
 from tests.shared_service import audit, until
 
@@ -30,13 +30,8 @@ async def shared(
 ) -> AsyncIterator[tuple[RunningService, ModelServer]]:
     """One service and its models for the tests that need nothing special."""
     folder = tmp_path_factory.mktemp("models")
-    with pytest.MonkeyPatch.context() as patch:
-        async with fresh_database(postgres_dsn) as dsn, running_model_server() as models:
-            async with service_with(
-                models, dsn, folder, patch, judge(), llm_cache_days=0
-            ) as service:
-                yield service, models
-            await audit(dsn)
+    async with shared_models(postgres_dsn, folder, judge(), llm_cache_days=0) as found:
+        yield found
 
 
 @pytest_asyncio.fixture(loop_scope="module")
