@@ -6,12 +6,15 @@ and none sees another's rows.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
+import ssl
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, cast
 
 import asyncpg
 import pytest
@@ -21,10 +24,14 @@ from app.settings import Settings
 from app.store.database import Database
 from app.store.migrate import migrate
 from app.worker import Worker
-from tests.servers import RunningRedis, start_postgres, start_redis
+from tests.servers import RunningRedis, data_folder, start_postgres, start_redis
 from tests.service import RunningService, running_service
 
 _numbers = itertools.count(1)
+
+# Every httpx client reads the certificates of the web, 22 ms long, and nearly all here speak plain
+# HTTP. Nobody changes the context that all of them share now.
+ssl.create_default_context = cast("Any", functools.cache(ssl.create_default_context))
 
 
 @pytest.fixture(autouse=True)
@@ -49,17 +56,49 @@ def untraced() -> Iterator[None]:
     sys.settrace(here)
 
 
+# Load, races, faults, whole processes: of the lines of the app these say what others have said, and
+# tracing makes them twice as slow.
+UNTRACED = {
+    "chaos",
+    "crash",
+    "e2e",
+    "test_breakers_in_runs",
+    "test_breakers_many_processes",
+    "test_canaries",
+    "test_commits",
+    "test_concurrency",
+    "test_contract",
+    "test_limited_capabilities",
+    "test_llm_cache",
+    "test_metrics",
+    "test_orders",
+    "test_parking",
+    "test_provider_failures",
+    "test_redis_breakers",
+    "test_slm",
+    "test_stream",
+    "test_successors",
+    "test_tracer",
+    "test_tracing",
+    "test_worker",
+}
+
+
 @pytest.fixture(autouse=True)
-def _properties_are_untraced(request: pytest.FixtureRequest) -> None:
+def _some_are_untraced(request: pytest.FixtureRequest) -> None:
     """What a property covers beyond the examples of other tests differs from run to run, too."""
-    if getattr(request.function, "is_hypothesis_test", False):
+    is_property = getattr(request.function, "is_hypothesis_test", False)
+    if is_property or not UNTRACED.isdisjoint((request.path.stem, request.path.parent.name)):
         request.getfixturevalue("untraced")
 
 
 @pytest.fixture(scope="session")
 def postgres_dsn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the session's Postgres; tests use `dsn`, a database of their own."""
-    with start_postgres(tmp_path_factory.mktemp("postgres")) as server:
+    with (
+        data_folder(tmp_path_factory.mktemp("postgres")) as folder,
+        start_postgres(folder) as server,
+    ):
         yield server.dsn
 
 

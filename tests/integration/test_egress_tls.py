@@ -32,7 +32,7 @@ async def transport() -> AsyncIterator[EgressTransport]:
     async def to_loopback(_host: str, _port: int) -> list[str]:
         return ["127.0.0.1"]
 
-    context = httpx.create_ssl_context(trust_env=False)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     AUTHORITY.configure_trust(context)
     policy = EgressPolicy(["127.0.0.1"], resolver=to_loopback)
     running = EgressTransport(policy, ssl_context=context)
