@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any
@@ -118,7 +119,9 @@ async def submit_run(request: Request) -> Response:
             return stream
         wait_s = preferred_wait_s(headers.get("prefer"))
         if wait_s:
-            return await _after_waiting(services, tenant, run_id, wait_s)
+            # It is accepted, whatever becomes of the wait: a 503 would have it sent again.
+            with suppress(Unavailable):
+                return await _after_waiting(services, tenant, run_id, wait_s)
         return json_response(202, accepted_view(submission.run), _location(run_id))
     finally:
         if stream is None:

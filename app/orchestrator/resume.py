@@ -59,11 +59,12 @@ async def load_run(reader: EventReader, tenant_id: str, run_id: UUID) -> StoredR
     row = await reader.run(tenant_id, run_id)
     if row is None:
         return None
+    versions, bodies = row["versions"] or (), row["plans"] or ()
     plans = {
         version: plan_from_dict(orjson.loads(body))
-        for version, body in (await reader.plans(run_id)).items()
+        for version, body in zip(versions, bodies, strict=True)
     }
-    state, snapshot_seq = await _newest_state(reader, run_id, plans)
+    state, snapshot_seq = _newest_state(run_id, plans, row["snapshot_seq"], row["snapshot"])
     if row["pruned_at"] is None:
         await _fold_tail(reader, run_id, state)
     envelope = row["envelope"]
@@ -93,14 +94,13 @@ async def load_run(reader: EventReader, tenant_id: str, run_id: UUID) -> StoredR
     )
 
 
-async def _newest_state(
-    reader: EventReader, run_id: UUID, plans: dict[int, Plan]
+def _newest_state(
+    run_id: UUID, plans: dict[int, Plan], seq: int | None, snapshot: str | None
 ) -> tuple[RunState, int]:
-    snapshot = await reader.newest_snapshot(run_id)
-    if snapshot is not None:
-        state = state_from_dict(str(run_id), plans, orjson.loads(snapshot[1]))
+    if seq is not None and snapshot is not None:
+        state = state_from_dict(str(run_id), plans, orjson.loads(snapshot))
         if state is not None:
-            return state, snapshot[0]
+            return state, seq
     return RunState(str(run_id), plans, queued_at=created_ms(run_id)), 0
 
 

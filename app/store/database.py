@@ -73,6 +73,7 @@ class Database:
     def __init__(self, dsn: str, engine: AsyncEngine, relaxed: AsyncEngine) -> None:
         self.dsn = dsn
         self.engine = engine
+        self._writes = engine.execution_options(isolation_level="READ COMMITTED")
         self._relaxed = relaxed
 
     @classmethod
@@ -92,6 +93,9 @@ class Database:
             max_overflow=5,
             pool_timeout=5,
             pool_pre_ping=True,
+            # A read is one statement: a transaction around it, and one around the ping before it,
+            # would be six more round trips.
+            isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # errors in the log must not quote what callers sent
             connect_args={
                 "server_settings": SESSION_SETTINGS,
@@ -120,14 +124,15 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A connection for reads. A server that is away becomes `Unavailable` (503)."""
+        """A connection for reads, each statement on its own. A server that is away becomes
+        `Unavailable` (503)."""
         async with _translated(), self.engine.connect() as connection:
             yield connection
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
         """A short transaction; commits at the end of the block."""
-        async with _translated(), self.engine.begin() as connection:
+        async with _translated(), self._writes.begin() as connection:
             yield connection
 
     @asynccontextmanager
@@ -143,7 +148,11 @@ class Database:
 async def _translated() -> AsyncIterator[None]:
     try:
         yield
-    except (*TRANSIENT, NoFreeConnection) as error:
+    except NoFreeConnection as error:
+        raise Unavailable(
+            "All connections to the journal are in use.", code="database_unreachable"
+        ) from error
+    except TRANSIENT as error:
         raise Unavailable("The journal is out of reach.", code="database_unreachable") from error
     except DBAPIError as error:
         driver = getattr(error.orig, "__cause__", None) or error.orig

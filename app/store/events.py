@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import RowMapping, Select, and_, exists, func, select
+from sqlalchemy import RowMapping, Select, and_, exists, func, select, true
+from sqlalchemy.dialects.postgresql import aggregate_order_by
 
 from app.domain.events import TERMINAL_EVENTS
 from app.kit.ids import run_day
@@ -138,13 +139,36 @@ class EventReader:
         return None if row is None else HeadView(*row)
 
     async def run(self, tenant_id: str, run_id: UUID) -> RowMapping | None:
-        """The run's own row and its head, joined; None when this tenant has no such run."""
+        """The run's own row, its head, `versions` and `plans` (two lists of one order) and the
+        newest snapshot, `snapshot_seq` and `snapshot`, all of one moment.
+
+        None when this tenant has no such run.
+        """
+        version, body = plan_versions.c.version, plan_versions.c.body
+        of_run = (plan_versions.c.run_day == run_day(run_id), plan_versions.c.run_id == run_id)
+        newest = (
+            select(snapshots.c.seq, snapshots.c.body)
+            .where(snapshots.c.run_day == run_day(run_id), snapshots.c.run_id == run_id)
+            .order_by(snapshots.c.seq.desc())
+            .limit(1)
+            .subquery()
+        )
         statement = (
             select(
                 *runs.c,
                 *(run_heads.c[name] for name in _HEAD_COLUMNS),
+                *(
+                    select(func.array_agg(aggregate_order_by(column, version)))
+                    .where(*of_run)
+                    .scalar_subquery()
+                    .label(name)
+                    for name, column in (("versions", version), ("plans", body))
+                ),
+                newest.c.seq.label("snapshot_seq"),
+                newest.c.body.label("snapshot"),
             )
             .join(run_heads, run_heads.c.run_id == runs.c.run_id)
+            .outerjoin(newest, true())
             .where(runs.c.run_id == run_id, runs.c.tenant_id == tenant_id)
         )
         async with self._database.read() as connection:
@@ -159,18 +183,6 @@ class EventReader:
         )
         async with self._database.read() as connection:
             return {row.version: row.body for row in await connection.execute(statement)}
-
-    async def newest_snapshot(self, run_id: UUID) -> tuple[int, str] | None:
-        """`(seq, body)` of the newest snapshot."""
-        statement = (
-            select(snapshots.c.seq, snapshots.c.body)
-            .where(snapshots.c.run_day == run_day(run_id), snapshots.c.run_id == run_id)
-            .order_by(snapshots.c.seq.desc())
-            .limit(1)
-        )
-        async with self._database.read() as connection:
-            row = (await connection.execute(statement)).first()
-        return None if row is None else (row.seq, row.body)
 
     async def events_at(self, run_id: UUID, seqs: list[int]) -> dict[int, str]:
         """The bodies of single events, by seq."""

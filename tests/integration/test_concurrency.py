@@ -242,6 +242,13 @@ async def test_a_service_without_free_connections_says_try_again(
             problem(listed, 503, "database_unreachable")
             # Runs go on: their road to the journal is another one.
             accepted = await service.submit(diamond())
+            # What is accepted is not refused because its end can not be read.
+            waited = await service.client.post(
+                "/v1/runs", json=diamond(), headers={"Prefer": "wait=5"}
+            )
+            assert (waited.status_code, waited.json()["status"]) == (202, "queued")
+            assert waited.headers["location"] == f"/v1/runs/{waited.json()['run_id']}"
+        await until(service, waited.json()["run_id"], "RUN_DONE")
         await until(service, accepted["run_id"], "RUN_DONE")
         head = await service.services.reader.head("default", UUID(accepted["run_id"]))
         assert head is not None
