@@ -148,12 +148,12 @@ class Database:
 async def _translated() -> AsyncIterator[None]:
     try:
         yield
+    except TRANSIENT as error:
+        raise Unavailable("The journal is out of reach.", code="database_unreachable") from error
     except NoFreeConnection as error:
         raise Unavailable(
             "All connections to the journal are in use.", code="database_unreachable"
         ) from error
-    except TRANSIENT as error:
-        raise Unavailable("The journal is out of reach.", code="database_unreachable") from error
     except DBAPIError as error:
         driver = getattr(error.orig, "__cause__", None) or error.orig
         if error.connection_invalidated or isinstance(driver, TRANSIENT):

@@ -384,8 +384,7 @@ async def test_a_lost_database_is_503_and_nothing_of_it_leaks(
     def away() -> None:
         raise ConnectionRefusedError("postgres at 10.1.2.3 says no")
 
-    monkeypatch.setattr(database.engine.sync_engine, "raw_connection", away)
-    monkeypatch.setattr(database.engine.sync_engine, "connect", away)
+    monkeypatch.setattr(database.engine.pool, "connect", away)
     for response in (
         await client.get("/v1/capabilities"),
         await client.post("/v1/capabilities", json=capability_body()),
