@@ -48,8 +48,10 @@ TRANSIENT = (
     asyncpg.LockNotAvailableError,
     asyncpg.exceptions.ObjectInUseError,
     asyncpg.ReadOnlySQLTransactionError,  # a standby, until the primary is found again
+    asyncpg.InvalidAuthorizationSpecificationError,  # a login that is being changed
 )
-"""Errors after which the same statement may succeed: the server is away, restarting or busy."""
+"""Errors after which the same statement may succeed: the server is away, restarting, busy, or
+does not let us in."""
 
 
 REFUSED = (asyncpg.PostgresError,)

@@ -1,14 +1,19 @@
-"""What the statements that are not hot cost, in round trips."""
+"""The statements that are not hot: what they cost in round trips, and when nobody lets us in."""
 
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
+import asyncpg
 from sqlalchemy import event, text
 
+from app.settings import Settings
 from app.store.database import Database
-from tests.envelopes import diamond
-from tests.service import RunningService
+from tests.envelopes import diamond, echo_node, graph
+from tests.service import RunningService, running_service
+from tests.shared_service import problem, register, until
+from tests.tools import answer_at_gate, http_capability, running_tool
 
 
 async def test_a_read_begins_no_transaction(database: Database) -> None:
@@ -43,3 +48,37 @@ async def test_a_run_is_read_with_three_statements(service: RunningService) -> N
     assert found.json() == run
     # The run with its plans and newest snapshot, the events behind that, the last event.
     assert len(asked) == 3, asked
+
+
+async def test_a_login_that_is_refused_for_a_while_is_a_database_out_of_reach(
+    dsn: str, settings: Settings
+) -> None:
+    admin = await asyncpg.connect(dsn)
+    role = "rotated"
+    await admin.execute(f"create role {role} superuser login password 'first'")
+    try:
+        own = urlsplit(dsn)
+        login = own._replace(netloc=f"{role}:first@{own.hostname}:{own.port}").geturl()
+        async with (
+            running_tool(gated=answer_at_gate) as tool,
+            running_service(settings, login) as service,
+        ):
+            await register(service, http_capability(tool, "gated", "pure"))
+            run = await service.submit(graph(echo_node("A", capability="test.gated")))
+            await tool.called.wait()
+            await admin.execute(f"alter role {role} nologin")
+            await admin.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity where usename = $1", role
+            )
+            tool.gate.set()
+            for path in (f"/v1/runs/{run['run_id']}", "/v1/capabilities"):
+                refused = await service.client.get(path)
+                problem(refused, 503, "database_unreachable")
+                assert role not in refused.text
+            refused = await service.client.post("/v1/runs", json=diamond())
+            assert refused.status_code == 503
+            await admin.execute(f"alter role {role} login")
+            await until(service, run["run_id"], "RUN_DONE")
+    finally:
+        await admin.execute(f"reassign owned by {role} to current_user; drop role {role}")
+        await admin.close()
