@@ -66,7 +66,7 @@ async def load_run(reader: EventReader, tenant_id: str, run_id: UUID) -> StoredR
     }
     state, snapshot_seq = _newest_state(run_id, plans, row["snapshot_seq"], row["snapshot"])
     if row["pruned_at"] is None:
-        await _fold_tail(reader, run_id, state)
+        await _fold_tail(reader, run_id, state, row["seq"])
     envelope = row["envelope"]
     return StoredRun(
         run_id=run_id,
@@ -104,13 +104,14 @@ def _newest_state(
     return RunState(str(run_id), plans, queued_at=created_ms(run_id)), 0
 
 
-async def _fold_tail(reader: EventReader, run_id: UUID, state: RunState) -> None:
-    while True:
-        rows = await reader.page(run_id, state.seq, PAGE_ROWS)
+async def _fold_tail(reader: EventReader, run_id: UUID, state: RunState, head: int) -> None:
+    """Up to where the head was. What came since may be of a plan version that came since, too."""
+    while state.seq < head:
+        rows = await reader.page(run_id, state.seq, min(head - state.seq, PAGE_ROWS))
+        if not rows:
+            return
         for row in rows:
             apply(state, decode_event(row.body))
-        if len(rows) < PAGE_ROWS:
-            return
 
 
 async def load_outputs(reader: EventReader, run_id: UUID, state: RunState) -> dict[str, Any]:

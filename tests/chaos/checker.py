@@ -92,6 +92,8 @@ class Checker:
         for row in run.rows:
             if row.type == "RUN_RECOVERED":
                 counts["take-overs" if row.data["from_worker"] else "hand-overs"] += 1
+            elif row.type == "PLAN_UPDATED":
+                counts["replans"] += 1
             elif row.type in BREAKER_EVENTS:
                 data = row.data
                 key = (data["scope"], data["degraded"], data["generation"])

@@ -27,11 +27,13 @@ from tests.chaos.history import (
     SentSignal,
 )
 from tests.chaos.wire import Answer, Broken, Exchange, WireEvent, ask
-from tests.chaos.workload import Meddling, Order
+from tests.chaos.workload import STAGES, Meddling, Order
 
 PAUSE_S = 0.1
 PAUSE_MAX_S = 1.0
 UNSURE_S = 2.0
+BY_HAND = {"by": "hand", **{stage: {} for stage in STAGES}}
+"""An output that fits every tool of the suite."""
 
 
 class Clients:
@@ -291,7 +293,7 @@ class Follower:
 
     def _decision(self) -> dict[str, Any]:
         decision = self._clients.choose(["done", "retry", "retry", "fail"])
-        return {"decision": decision} | ({"output": {"by": "hand"}} if decision == "done" else {})
+        return {"decision": decision} | ({"output": BY_HAND} if decision == "done" else {})
 
 
 def _came_too_late(answer: Answer) -> bool:

@@ -165,11 +165,10 @@ class RunRecord:
         return [row.type for row in self.rows]
 
     def nodes(self) -> dict[str, dict[str, Any]]:
-        """The nodes of the newest plan version, by id."""
-        if not self.plans:
-            return {}
-        nodes: list[dict[str, Any]] = self.plans[max(self.plans)]["nodes"]
-        return {node["id"]: node for node in nodes}
+        """The nodes of all plan versions, by id; what the newest says of one counts."""
+        return {
+            node["id"]: node for _, plan in sorted(self.plans.items()) for node in plan["nodes"]
+        }
 
 
 @dataclass(frozen=True, slots=True)

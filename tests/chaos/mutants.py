@@ -204,6 +204,22 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "a new plan forgets what is done",
+        "everyday",
+        (
+            Patch(
+                "domain/plan_change.py",
+                "elif _is_same(before.nodes[node.id], node) and not _is_lost(earlier):",
+                "elif earlier.done_seq is None and not _is_lost(earlier):",
+            ),
+        ),
+    ),
+    Mutant(
+        "a new plan is not waited for",
+        "everyday",
+        (Patch("domain/decide.py", "if state.replan is not None:", "if False:"),),
+    ),
+    Mutant(
         "a signal is not consumed",
         "everyday",
         (Patch("store/append.py", "set outcome = found.outcome", "set outcome = null"),),

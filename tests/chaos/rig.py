@@ -33,7 +33,7 @@ from tests.chaos.ledger import read_ledgers
 from tests.chaos.proxy import FaultProxy
 from tests.chaos.servers import ChaosPostgres, ChaosRedis
 from tests.chaos.wire import ask
-from tests.chaos.workload import TOOLS, capabilities
+from tests.chaos.workload import TOOLS, capabilities, facets
 from tests.servers import free_port
 
 REPOSITORY = Path(__file__).parents[2]
@@ -101,9 +101,14 @@ class Rig:
         """Start all slots, and tell them of the tools."""
         await self.fleet.start_all()
         ports = [self.tool_proxy.port, *self.tool_ports[1:]]
-        for body in capabilities(ports, self.tool_ports[0]):
-            answer = await self.clients.insist("POST", "/v1/capabilities", body)
-            assert answer.status in (200, 201), answer.body
+        registrations = {
+            "/v1/facets": facets(),
+            "/v1/capabilities": capabilities(ports, self.tool_ports[0]),
+        }
+        for path, bodies in registrations.items():
+            for body in bodies:
+                answer = await self.clients.insist("POST", path, body)
+                assert answer.status in (200, 201), answer.body
         self.watcher.start()
 
     def clear(self) -> None:

@@ -198,18 +198,47 @@ def _plain(state: RunState) -> Any:
 
 
 def plans_only_grow(run: RunRecord) -> Iterator[str]:
-    """I11: plan versions are 1 … n, each announced once, and results bind to one in force."""
+    """I11: plan versions are 1 … n, each announced once and each further one put in force once;
+    results bind to one in force."""
     if sorted(run.plans) != list(range(1, len(run.plans) + 1)):
         yield f"plan versions {sorted(run.plans)}"
-    announced = [
-        row.data["version"] for row in run.rows if row.type in ("PLAN_GENERATED", "PLAN_UPDATED")
-    ]
+    announced, updated = (
+        [row.data["version"] for row in run.rows if row.type == name]
+        for name in ("PLAN_GENERATED", "PLAN_UPDATED")
+    )
+    if updated != [version for version in announced if version > 1]:
+        yield f"plan versions {announced} are announced, {updated} put in force"
     if announced != sorted(set(announced)) or not set(announced) <= set(run.plans):
         yield f"plan versions {announced} are announced, {sorted(run.plans)} are stored"
     nodes = run.nodes()
     for row in run.rows:
         if row.type in OF_A_NODE and row.node_id not in nodes:
             yield f"{row.type} of {row.node_id} at {row.seq}, which no plan has"
+
+
+def replans_keep(run: RunRecord) -> Iterator[str]:
+    """I11: a new version has what is done as it was, and nothing starts while it is being made."""
+    done: set[str] = set()
+    is_asked_for = False
+    for row in run.rows:
+        if row.type in ("NODE_DONE", "NODE_SKIPPED"):
+            done.add(row.node_id or "")
+        elif row.type == "POLICY_TRIGGERED":
+            is_asked_for = True
+        elif row.type == "PLAN_REJECTED" and row.data["final"]:
+            is_asked_for = False
+        elif row.type == "PLAN_UPDATED":
+            is_asked_for = False
+            version = row.data["version"]
+            before, after = (
+                {node["id"]: node for node in run.plans[number]["nodes"]}
+                for number in (version - 1, version)
+            )
+            changed = sorted(i for i in done & before.keys() if after.get(i) != before[i])
+            if changed:
+                yield f"version {version} at {row.seq} changes {changed}, which are done"
+        elif row.type == "NODE_START" and is_asked_for:
+            yield f"{row.node_id} starts at {row.seq} under a plan that was to be made anew"
 
 
 def parents_first(run: RunRecord) -> Iterator[str]:
@@ -324,6 +353,7 @@ RUN_RULES: dict[str, RunRule] = {
     "I9 one end": one_end,
     "I10 folds": folds,
     "I11 plans only grow": plans_only_grow,
+    "I11 replans keep": replans_keep,
     "I12 parents first": parents_first,
     "I13 called as recorded": called_as_recorded,
     "I13 at most once": at_most_once,

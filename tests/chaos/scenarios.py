@@ -19,7 +19,7 @@ from tests.chaos.ledger import read_ledgers
 from tests.chaos.proxy import Weather
 from tests.chaos.rig import LOOK_S, Rig
 from tests.chaos.wire import Broken, Exchange, ask
-from tests.chaos.workload import Meddling, Order, envelope, node, poison
+from tests.chaos.workload import STAGES, Meddling, Order, envelope, node, poison, staged
 
 PATIENCE_S = 30.0
 DEATHS_MAX = 6
@@ -67,7 +67,7 @@ async def _driver_of(rig: Rig, run_id: str) -> Slot:
 
 
 async def everyday(rig: Rig) -> None:
-    """Retries, a question, a pause, a cancel, repeated POSTs, broken streams; nobody dies."""
+    """Retries, a question, a pause, a cancel, replans, repeated POSTs, cut streams; nobody dies."""
     await rig.add("api")
     await rig.add("api")
     await rig.add("worker")
@@ -85,6 +85,7 @@ async def everyday(rig: Rig) -> None:
         _order("pause", *long, meddling=Meddling.PAUSE, meddle_after=3),
         _order("cancel", *slow, meddling=Meddling.CANCEL, meddle_after=4, by_stream=False),
         _order("long", *long),
+        Order("anew", "stages", staged("anew", {STAGES[2]: "refuse"}), breaks=(5, 3)),
         *(_order(f"twin-{n}", node("a"), posts=6, by_stream=False) for n in range(8)),
     ]
     await _live(rig, *orders)

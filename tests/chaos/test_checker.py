@@ -12,6 +12,7 @@ import pytest
 
 from app.domain.capability import Effect
 from app.domain.events import Event, EventType
+from app.domain.plan import Plan
 from app.domain.plan_json import plan_as_dict
 from app.domain.snapshot import state_as_dict
 from app.domain.state import RunState, apply
@@ -169,6 +170,19 @@ def with_tool(node_id: str) -> dict[str, Any]:
     return {**plan, "nodes": nodes}
 
 
+def replanned(plan: Plan, *between: Written) -> RunRecord:
+    """A run that gets this plan when A is done, with events after that was asked for."""
+    triggered = {"policy_id": "p", "trigger": "on_node_complete", "node_id": "A"}
+    written = inserted(
+        6,
+        (EventType.POLICY_TRIGGERED, None, None, triggered),
+        *between,
+        (EventType.PLAN_GENERATED, None, None, {"version": 2, "author": "replan", "node_count": 2}),
+        (EventType.PLAN_UPDATED, None, None, {"version": 2}),
+    )
+    return good(written, plans={1: plan_as_dict(PLAN), 2: plan_as_dict(plan)})
+
+
 RESUMED = GOOD[9]
 CANCELLED: Written = (EventType.RUN_CANCELLED, None, None, {"by": None})
 
@@ -223,7 +237,13 @@ BAD_RUNS: dict[str, list[Callable[[], RunRecord]]] = {
         lambda: good(plans={}),
         lambda: good(plans={2: plan_as_dict(PLAN)}),
         lambda: good(inserted(3, GOOD[2])),
+        lambda: good(inserted(6, (EventType.PLAN_UPDATED, None, None, {"version": 2}))),
         lambda: good(edited((7, start("Z", 1)))),
+    ],
+    "I11 replans keep": [
+        lambda: replanned(plan_of(plan_node("A", effect=Effect.AT_MOST_ONCE), PLAN.nodes["B"])),
+        lambda: replanned(plan_of(plan_node("B", effect=Effect.AT_MOST_ONCE))),
+        lambda: replanned(PLAN, start("B", 1)),
     ],
     "I12 parents first": [
         lambda: good(edited((6, start("B", 1)), (7, done("A", 1)))),
@@ -292,6 +312,11 @@ def rules_broken(
 
 def test_a_good_history_passes() -> None:
     assert rules_broken() == set()
+
+
+def test_a_replan_that_keeps_what_is_done_passes() -> None:
+    found = {name: list(rule(replanned(PLAN))) for name, rule in RUN_RULES.items()}
+    assert found["I11 replans keep"] == found["I11 plans only grow"] == []
 
 
 def test_every_rule_of_a_run_has_bad_histories() -> None:

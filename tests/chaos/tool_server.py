@@ -2,7 +2,9 @@
 
 It speaks HTTP by hand, so that it can misbehave. How it behaves stands in the inputs of the call
 (`behave`, made from the seed of the suite), and holds for the first attempt of a round; later ones
-are answered. `POST /outage {"down": true}` makes every call fail until it is told otherwise.
+are answered. `/make/FACET` takes a recipe, which says how it behaves by that name, and passes it on
+under it; `/surely/FACET` does so without fail. `POST /outage {"down": true}` makes every call fail
+until it is told otherwise.
 
 Arguments: the port, the ledger's path. A call with `behave: kill` sends SIGKILL to the process at
 the other end of its connection: an envelope that kills whoever drives it.
@@ -28,7 +30,7 @@ HANG_S = 30.0
 
 
 class ToolServer:
-    """Answers `/call`; everything that reaches it is in the ledger first."""
+    """Everything that calls it is in the ledger first."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -45,21 +47,25 @@ class ToolServer:
                     self._down = body["down"]
                     _respond(writer, 200, {"down": self._down})
                 else:
-                    await self._call(body, writer)
+                    await self._call(head.split(b" ")[1].decode(), body, writer)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             writer.close()
 
-    async def _call(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    async def _call(self, path: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         number = next(self._numbers)
-        inputs = body["inputs"]
-        behave = inputs.get("behave", "ok") if body["attempt"] == 1 else "ok"
-        if self._down:
+        _, way, *facet = path.split("/")
+        inputs, content = body["inputs"], {"echo": body["inputs"].get("n", 0)}
+        ordered = inputs.get("behave", "ok")
+        if facet:
+            [inputs] = inputs.values()
+            content = {facet[0]: inputs}
+            ordered = inputs.get(facet[0], "ok") if way == "make" else "ok"
+        behave = ordered if body["attempt"] == 1 or ordered in ("kill", "refuse") else "ok"
+        if self._down and behave != "kill":
             behave = "500"
-        if inputs.get("behave") == "kill":
-            behave = "kill"
         begin = {"call": number, "run": body["run_id"], "node": body["node_id"]}
         begin |= {"attempt": body["attempt"], "key": body["idempotency_key"]}
         await self._ledger.write({**begin, "at": time.monotonic()})
@@ -67,13 +73,15 @@ class ToolServer:
         if behave == "hang":
             await asyncio.sleep(HANG_S)
         await self._ledger.write({"call": number, "answer": behave, "at": time.monotonic()})
-        await _answer(behave, inputs, writer)
+        await _answer(behave, content, writer)
 
 
-async def _answer(behave: str, inputs: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+async def _answer(behave: str, content: dict[str, Any], writer: asyncio.StreamWriter) -> None:
     match behave:
         case "ok":
-            _respond(writer, 200, {"echo": inputs.get("n", 0)})
+            _respond(writer, 200, content)
+        case "refuse":
+            _respond(writer, 400, {"detail": "never"})
         case "500":
             _respond(writer, 500, {"detail": "not today"})
         case "429":
@@ -83,7 +91,7 @@ async def _answer(behave: str, inputs: dict[str, Any], writer: asyncio.StreamWri
         case "garbage":
             writer.write(b"HTTP/1.1 200 X\r\nContent-Length: 7\r\n\r\n{\xff'oops")
         case "slow":
-            body = orjson.dumps({"echo": inputs.get("n", 0)})
+            body = orjson.dumps(content)
             writer.write(b"HTTP/1.1 200 X\r\nContent-Type: application/json\r\n")
             writer.write(b"Content-Length: %d\r\n\r\n" % len(body))
             for byte in body:

@@ -2,12 +2,16 @@
 
 An `Order` is what one client does: the envelope, how often it breaks its own stream, and what its
 operator does to the run. The shapes are chains, diamonds and wide fans; a share of the nodes calls
-tools of all three effects, whose behaviour is part of the inputs.
+tools of all three effects, whose behaviour is part of the inputs. Others have no graph: they ask
+for the last of `STAGES`, and a policy plans the rest anew when the tool of a stage refuses or has
+given the first result.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -15,6 +19,8 @@ from typing import Any
 TOOLS = 2
 EFFECTS = {"pure": "pure", "idem": "idempotent", "once": "at_most_once"}
 POISON = "chaos.poison"
+STAGES = ("chaos_seed", "chaos_grain", "chaos_flour", "chaos_bread")
+"""Facets, each made of the one before: by a cheap tool, or by another that never refuses."""
 
 # What a tool does with the first attempt. Most calls go well, as in life.
 BEHAVIOURS = {
@@ -26,6 +32,7 @@ BEHAVIOURS = {
     "garbage": 2,
     "slow": 5,
 }
+REPLAN = {"kind": "replan", "rationale": "by another way", "max_attempts": 4}
 SAFE = ("ok", "ok", "ok", "ok", "ok", "429", "reset", "500")
 
 
@@ -57,16 +64,20 @@ def order(seed: int, number: int, *, long_share: float = 0.3) -> Order:
     """The number-th order of a seed. `long_share`: how many hold a worker for a second or more."""
     rng = random.Random(f"{seed}:{number}")
     key = f"chaos-{seed}-{number}"
-    kind = rng.choices(("fan", "chain", "diamond", "tools"), (40, 25, 15, 20))[0]
-    nodes = {"fan": _fan, "chain": _chain, "diamond": _diamond, "tools": _tools}[kind](rng)
-    if rng.random() < long_share:
-        _make_long(rng, nodes)
+    kind = rng.choices((*SHAPES, "stages"), (36, 22, 14, 18, 10))[0]
+    lane = rng.choice(("interactive", "standard", "batch"))
+    if kind == "stages":
+        made, size = _stages(rng, key, lane), 12
+    else:
+        nodes = SHAPES[kind](rng)
+        if rng.random() < long_share:
+            _make_long(rng, nodes)
+        made, size = envelope(key, nodes, lane), 2 * len(nodes)
     meddling = rng.choices(list(Meddling), (88, 5, 5, 2))[0]
-    size = 2 * len(nodes)
     return Order(
         key=key,
         kind=kind,
-        envelope=envelope(key, nodes, rng.choice(("interactive", "standard", "batch"))),
+        envelope=made,
         breaks=tuple(rng.randrange(1, size + 2) for _ in range(rng.choice((0, 0, 1, 1, 2, 3)))),
         meddling=meddling,
         meddle_after=rng.randrange(1, size + 2),
@@ -139,6 +150,48 @@ def _tools(rng: random.Random) -> list[dict[str, Any]]:
     return nodes
 
 
+SHAPES: dict[str, Callable[[random.Random], list[dict[str, Any]]]] = {
+    "fan": _fan,
+    "chain": _chain,
+    "diamond": _diamond,
+    "tools": _tools,
+}
+
+
+def _stages(rng: random.Random, key: str, lane: str) -> dict[str, Any]:
+    recipe = {stage: rng.choice(("ok", "ok", "refuse", "refuse", "500")) for stage in STAGES[1:]}
+    return staged(
+        key,
+        {**recipe, "work_s": round(rng.uniform(0.0, 0.3), 3)},
+        lane,
+        twice=rng.random() < 0.5,
+    )
+
+
+def staged(
+    key: str, recipe: dict[str, Any], lane: str = "standard", *, twice: bool = True
+) -> dict[str, Any]:
+    """An envelope without a graph. `recipe`: how the first tool of a stage behaves, by its facet,
+    and `work_s`; `twice`: the rest is planned anew after the first result as well."""
+    triggers: list[dict[str, Any]] = [{"kind": "on_node_failed"}]
+    if twice:
+        selector = {"capability_id": f"chaos.first_{STAGES[1]}"}
+        triggers.append({"kind": "on_node_complete", "selector": selector})
+    return {
+        "objective": f"survive {key}",
+        "inputs": {STAGES[0]: recipe},
+        "output_contract": {"facets": [STAGES[-1]]},
+        "policies": {
+            "runtime": [
+                {"id": trigger["kind"], "trigger": trigger, "action": REPLAN}
+                for trigger in triggers
+            ]
+        },
+        "constraints": {"lane": lane},
+        "metadata": {"correlation_id": key},
+    }
+
+
 def _make_long(rng: random.Random, nodes: list[dict[str, Any]]) -> None:
     """Somewhere in the middle a call takes its time, so that faults meet the run under way."""
     last = max(0, len(nodes) - 2)
@@ -160,17 +213,31 @@ def poison(key: str) -> Order:
     return Order(key=key, kind="poison", envelope=envelope(key, nodes), by_stream=False)
 
 
+def facets() -> list[dict[str, Any]]:
+    """The registrations of what the stages make."""
+    return [
+        {"name": name, "title": name, "schema": {"type": "object"}, "semantics": f"The {name}."}
+        for name in STAGES
+    ]
+
+
 def capabilities(ports: list[int], poison_port: int) -> list[dict[str, Any]]:
-    """The registrations of all tools: every effect on every tool server, and the poison."""
+    """The registrations of all tools: every effect on every tool server, two ways to make every
+    stage, and the poison."""
     found = [
-        _capability(f"chaos.{name}_{index}", effect, port)
+        _capability(f"chaos.{name}_{index}", effect, f"{port}/call")
         for index, port in enumerate(ports)
         for name, effect in EFFECTS.items()
     ]
-    return [*found, _capability(POISON, "idempotent", poison_port)]
+    for takes, gives in itertools.pairwise(STAGES):
+        contracts = {"input_contract": {"facets": [takes]}, "output_contract": {"facets": [gives]}}
+        first = _capability(f"chaos.first_{gives}", "idempotent", f"{ports[0]}/make/{gives}")
+        other = _capability(f"chaos.other_{gives}", "at_most_once", f"{ports[-1]}/surely/{gives}")
+        found += [{**first, **contracts}, {**other, **contracts, "cost": {"tier": 3}}]
+    return [*found, _capability(POISON, "idempotent", f"{poison_port}/call")]
 
 
-def _capability(capability_id: str, effect: str, port: int) -> dict[str, Any]:
+def _capability(capability_id: str, effect: str, place: str) -> dict[str, Any]:
     return {
         "capability_id": capability_id,
         "version": "1.0.0",
@@ -182,5 +249,5 @@ def _capability(capability_id: str, effect: str, port: int) -> dict[str, Any]:
         "output_contract": {"mode": "json_schema", "schema": {"type": "object"}},
         "timeout_s": 4,
         "max_attempts": 3 if effect == "at_most_once" else 10,
-        "config": {"url": f"http://127.0.0.1:{port}/call"},
+        "config": {"url": f"http://127.0.0.1:{place}"},
     }

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import orjson
 import pytest
@@ -183,6 +184,34 @@ async def test_nothing_starts_while_the_plan_is_made_anew(
     assert [e.json["node_id"] for e in events if e.event == "NODE_START"] == ["drill", "step_0"]
     assert "Ready nodes: again" in user_prompt(models, 1)
     assert events[-1].event == "RUN_DONE"
+
+
+async def test_a_run_is_shown_as_of_one_moment_while_its_plan_changes(
+    service: RunningService, models: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row and plans are read before its events: a plan that came in between is not known."""
+    gate = asyncio.Event()
+    models.say(GOOD, drafted("agronomy.neighbour"))
+    models.behave(models.speak, waits_at(gate, models))
+    run = await service.submit(asks_for(policy(capability_id="agronomy.drill")))
+    reader = service.services.reader
+    read = reader.run
+
+    async def and_then_it_ends(tenant_id: str, run_id: UUID) -> Any:
+        row = await read(tenant_id, run_id)
+        gate.set()
+        await until(service, run["run_id"], "RUN_DONE")
+        return row
+
+    async with asyncio.timeout(30):
+        await models.reached(2)
+        with monkeypatch.context() as patch:
+            patch.setattr(reader, "run", and_then_it_ends)
+            shown = await service.client.get(f"/v1/runs/{run['run_id']}")
+        ended = await service.client.get(f"/v1/runs/{run['run_id']}")
+    assert shown.status_code == 200, shown.text
+    assert (shown.json()["status"], shown.json()["plan_version"]) == ("running", 1)
+    assert (ended.json()["status"], ended.json()["plan_version"]) == ("done", 2)
 
 
 async def test_a_run_that_is_planned_anew_does_not_ask_for_slots_again_and_again(
