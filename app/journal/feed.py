@@ -3,7 +3,7 @@
 A stream is a cursor, not a queue. Every followed run has one `Channel` with a ring of its newest
 frames; any number of streams read it at their own pace and page from the journal when they fell
 behind. The committer pushes frames in (`Feed.publish`); runs that another process drives are
-looked after by one tailer, which asks all followed heads in one query, on a wake-up or every
+looked after by one tailer, which asks for what is new in all of them at once, on a wake-up or every
 500 ms. The ring takes a frame only if its seq follows the last one, so whoever comes second with
 the same rows changes nothing.
 
@@ -27,7 +27,7 @@ from app.kit.clock import now_ms
 from app.kit.metrics import Metrics
 from app.kit.waiting import wait_at_most
 from app.ports import Delta
-from app.store.events import EventReader
+from app.store.events import EventReader, EventRow, Tail
 
 log = logging.getLogger("flexrun.feed")
 
@@ -36,6 +36,7 @@ RING_FRAMES_MAX = 1_024
 RING_BYTES_MAX = 4 * 1024 * 1024
 PAGE_ROWS_MAX = 1_000
 PAGE_BYTES_MAX = 256 * 1024
+TAILS_MAX = 32  # runs that are read at once, each up to the bytes of a page
 POLL_S = 0.5
 DELTA = "delta"
 """What deltas are called in a filter of types."""
@@ -292,7 +293,7 @@ class Feed:
         rows = await self._reader.page_of_bytes(
             channel.run_id, after, PAGE_ROWS_MAX, PAGE_BYTES_MAX
         )
-        frames = [frame_of(r.seq, r.type, r.node_id, r.level, r.body.encode()) for r in rows]
+        frames = _frames_of(rows)
         channel.push(frames)
         return frames
 
@@ -311,18 +312,30 @@ class Feed:
                 await asyncio.sleep(POLL_S)
 
     async def _catch_up(self) -> None:
-        open_channels = {r: c for r, c in self._channels.items() if not c.ended}
-        if not open_channels:
-            return
-        heads = await self._reader.head_seqs(list(open_channels))
-        for run_id, seq in heads.items():
-            channel = open_channels[run_id]
-            while channel.last < seq:
-                frames = await self.page(channel, channel.last)
-                if not frames or frames[0].seq > channel.last + 1:
-                    # Retention took the rows. The streams find the gap when they page themselves.
-                    channel.skip_to(seq)
-                elif channel.is_live:
-                    late_ms = max(now_ms() - written_at(frames[0]), 0)
-                    self.metrics.wake_latency.observe(late_ms / 1000)
-            channel.is_live = True
+        while asked := {r: c for r, c in self._channels.items() if not c.ended}:
+            tails = await self._reader.tails(
+                {run_id: channel.last for run_id, channel in asked.items()},
+                runs_max=TAILS_MAX,
+                rows_max=PAGE_ROWS_MAX,
+                bytes_max=PAGE_BYTES_MAX,
+            )
+            for run_id, tail in tails.items():
+                self._take(asked[run_id], tail)
+            if len(tails) < TAILS_MAX and all(asked[r].last >= t.head for r, t in tails.items()):
+                for channel in asked.values():
+                    channel.is_live = True
+                return
+
+    def _take(self, channel: Channel, tail: Tail) -> None:
+        frames = _frames_of(tail.rows)
+        channel.push(frames)
+        if not frames or frames[0].seq > channel.last + 1:
+            # Retention took the rows. The streams find the gap when they page themselves.
+            channel.skip_to(tail.head)
+        elif channel.is_live:
+            late_ms = max(now_ms() - written_at(frames[0]), 0)
+            self.metrics.wake_latency.observe(late_ms / 1000)
+
+
+def _frames_of(rows: list[EventRow]) -> list[Frame]:
+    return [frame_of(r.seq, r.type, r.node_id, r.level, r.body.encode()) for r in rows]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import RowMapping, Select, and_, exists, func, select, true
+from sqlalchemy import RowMapping, Select, and_, exists, func, select, text, true
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 
 from app.domain.events import TERMINAL_EVENTS
@@ -41,6 +42,44 @@ class HeadView:
 
     seq: int
     status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Where the head of a run is, and the first events behind the seq that was asked for. No events
+    although the head is further on: retention took them."""
+
+    head: int
+    rows: list[EventRow]
+
+
+_TAILS = text(
+    """
+    with behind as (
+        select asked.*, heads.seq as head
+        from unnest(
+            cast(:run_ids as uuid[]), cast(:run_days as date[]), cast(:afters as integer[])
+        ) as asked (run_id, run_day, after)
+        join run_heads as heads on heads.run_id = asked.run_id and heads.seq > asked.after
+        limit :runs_max
+    )
+    select behind.run_id, behind.head, tail.seq, tail.type, tail.node_id, tail.level, tail.body
+    from behind left join lateral (
+        select * from (
+            select page.*,
+                sum(octet_length(body)) over (order by seq) - octet_length(body) as before
+            from (
+                select seq, type, node_id, level, body from events
+                where events.run_day = behind.run_day and events.run_id = behind.run_id
+                and events.seq > behind.after
+                order by seq limit :rows_max
+            ) as page
+        ) as sized
+        where before < :bytes_max
+    ) as tail on true
+    order by behind.run_id, tail.seq
+    """
+)
 
 
 class EventReader:
@@ -121,13 +160,24 @@ class EventReader:
         async with self._database.read() as connection:
             return {row.run_id: row.traceparent for row in await connection.execute(statement)}
 
-    async def head_seqs(self, run_ids: list[UUID]) -> dict[UUID, int]:
-        """The last durable seq of each run that exists."""
-        statement = select(run_heads.c.run_id, run_heads.c.seq).where(
-            run_heads.c.run_id.in_(run_ids)
-        )
+    async def tails(
+        self, after: Mapping[UUID, int], *, runs_max: int, rows_max: int, bytes_max: int
+    ) -> dict[UUID, Tail]:
+        """What is new, in one statement: of the runs whose head is further than `after`, at most
+        `runs_max`, each with its next events as `page_of_bytes` gives them."""
+        asked = {
+            "run_ids": list(after),
+            "run_days": [run_day(run_id) for run_id in after],
+            "afters": list(after.values()),
+        }
+        limits = {"runs_max": runs_max, "rows_max": rows_max, "bytes_max": bytes_max}
+        found: dict[UUID, Tail] = {}
         async with self._database.read() as connection:
-            return {row.run_id: row.seq for row in await connection.execute(statement)}
+            for run_id, head, *row in await connection.execute(_TAILS, {**asked, **limits}):
+                tail = found.setdefault(run_id, Tail(head, []))
+                if row[0] is not None:
+                    tail.rows.append(EventRow(*row))
+        return found
 
     async def head(self, tenant_id: str, run_id: UUID) -> HeadView | None:
         """The head of one run; None when this tenant has no such run."""

@@ -376,6 +376,35 @@ async def test_a_page_of_a_stream_is_bounded_in_bytes(service: RunningService) -
     assert [event.id for event in await service.events(run["run_id"])] == [str(n) for n in found]
 
 
+async def test_what_is_new_in_many_runs_comes_in_one_statement_and_is_bounded(
+    service: RunningService,
+) -> None:
+    text = "x" * 50_000
+    big = graph(
+        *(
+            {"id": f"n{i}", "capability": "util.echo", "inputs": {"text": {"value": text}}}
+            for i in range(5)
+        )
+    )
+    heads = {}
+    for made in (big, diamond(), diamond()):
+        run = await service.finished(made)
+        heads[UUID(run["run_id"])] = run["last_seq"]
+    bounds = {"runs_max": 2, "rows_max": 9, "bytes_max": 120_000}
+    reader = service.services.reader
+    after = {**dict.fromkeys(heads, 0), new_id(): 0}
+    found: dict[UUID, list[int]] = {run_id: [] for run_id in heads}
+    while tails := await reader.tails(after, **bounds):
+        assert len(tails) <= 2
+        for run_id, tail in tails.items():
+            assert tail.head == heads[run_id]
+            assert 1 <= len(tail.rows) <= 9
+            assert sum([len(row.body) for row in tail.rows][:-1]) < 120_000
+            found[run_id] += [row.seq for row in tail.rows]
+            after[run_id] = tail.rows[-1].seq
+    assert found == {run_id: list(range(1, head + 1)) for run_id, head in heads.items()}
+
+
 async def test_nothing_is_left_behind_the_end(service: RunningService) -> None:
     run = await service.finished(diamond())
     url = f"/v1/runs/{run['run_id']}/events"

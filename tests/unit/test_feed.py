@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Mapping
 from uuid import UUID
 
 import pytest
@@ -14,7 +14,7 @@ from app.domain.errors import Unavailable
 from app.journal import feed
 from app.journal.feed import RING_FRAMES_MAX, Channel, Feed, Filter
 from app.journal.frames import Frame, frame_of
-from app.store.events import EventRow
+from app.store.events import EventRow, Tail
 
 RUN = UUID(int=1)
 OTHER = UUID(int=2)
@@ -281,11 +281,20 @@ class StoredEvents:
         last = min(self.heads[run_id], first + limit - 1)
         return [EventRow(seq, "LOG", None, "INFO", str(seq)) for seq in range(first, last + 1)]
 
-    async def head_seqs(self, run_ids: Collection[UUID]) -> dict[UUID, int]:
+    async def tails(
+        self, after: Mapping[UUID, int], *, runs_max: int, rows_max: int, bytes_max: int
+    ) -> dict[UUID, Tail]:
         self.looked.set()
         if self.away:
             raise Unavailable("The database is away.")
-        return {run_id: self.heads[run_id] for run_id in run_ids if run_id in self.heads}
+        behind = [run_id for run_id, seq in after.items() if self.heads.get(run_id, 0) > seq]
+        return {
+            run_id: Tail(
+                self.heads[run_id],
+                await self.page_of_bytes(run_id, after[run_id], rows_max, bytes_max),
+            )
+            for run_id in behind[:runs_max]
+        }
 
 
 def _feed(stored: StoredEvents) -> Feed:
