@@ -25,11 +25,8 @@ SESSION_SETTINGS = {
     "lock_timeout": "1s",
     "idle_in_transaction_session_timeout": "10s",
     "jit": "off",
-}
-
-HOT_SETTINGS = {
-    # Its statements are planned once, maybe while the tables are still empty, and kept: a plan
-    # that reads a whole table would read it for as long as the connection lives.
+    # Statements are planned once, maybe while the tables are still empty, and kept: a plan that
+    # reads a whole table would read it for as long as the connection lives.
     "enable_seqscan": "off",
 }
 
@@ -63,9 +60,8 @@ HotConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 async def connect(dsn: str) -> HotConnection:
     """A connection for one owner, with the time limits of every session of ours."""
-    settings = {**SESSION_SETTINGS, **HOT_SETTINGS}
     return await asyncpg.connect(
-        asyncpg_dsn(dsn), server_settings=settings, command_timeout=10, timeout=5
+        asyncpg_dsn(dsn), server_settings=SESSION_SETTINGS, command_timeout=10, timeout=5
     )
 
 
