@@ -27,7 +27,9 @@ from app.kit.drain import Drain
 HEARTBEAT_S = 15.0
 SEND_TIMEOUT_S = 20.0
 FLUSH_LOOK_S = 0.5
-SEND_BYTES_MAX = 64 * 1024
+SEND_BYTES_MAX = 32 * 1024
+"""After the frame with which it is reached a message ends. A client that does not read costs its
+last message twice: as we gave it to the server, and as the server holds it for the socket."""
 DRAIN_SPREAD_S = 1.0
 STREAMS = "flexrun.streams"
 """Where in the scope our server wants a stream put, to run it when the framework's frames are gone:

@@ -27,7 +27,7 @@ from app.kit.clock import now_ms
 from app.kit.metrics import Metrics
 from app.kit.waiting import wait_at_most
 from app.ports import Delta
-from app.store.events import EventReader, EventRow, Tail
+from app.store.events import EventReader, Tail
 
 log = logging.getLogger("flexrun.feed")
 
@@ -290,10 +290,8 @@ class Feed:
 
     async def page(self, channel: Channel, after: int) -> list[Frame]:
         """Some stored frames behind `after`, bounded; the ring takes what is new to it."""
-        rows = await self._reader.page_of_bytes(
-            channel.run_id, after, PAGE_ROWS_MAX, PAGE_BYTES_MAX
-        )
-        frames = _frames_of(rows)
+        tail = (await self._tails({channel.run_id: after})).get(channel.run_id)
+        frames = [] if tail is None else _frames_of(tail)
         channel.push(frames)
         return frames
 
@@ -313,12 +311,7 @@ class Feed:
 
     async def _catch_up(self) -> None:
         while asked := {r: c for r, c in self._channels.items() if not c.ended}:
-            tails = await self._reader.tails(
-                {run_id: channel.last for run_id, channel in asked.items()},
-                runs_max=TAILS_MAX,
-                rows_max=PAGE_ROWS_MAX,
-                bytes_max=PAGE_BYTES_MAX,
-            )
+            tails = await self._tails({run_id: channel.last for run_id, channel in asked.items()})
             for run_id, tail in tails.items():
                 self._take(asked[run_id], tail)
             if len(tails) < TAILS_MAX and all(asked[r].last >= t.head for r, t in tails.items()):
@@ -326,8 +319,13 @@ class Feed:
                     channel.is_live = True
                 return
 
+    async def _tails(self, after: dict[UUID, int]) -> dict[UUID, Tail]:
+        return await self._reader.tails(
+            after, runs_max=TAILS_MAX, rows_max=PAGE_ROWS_MAX, bytes_max=PAGE_BYTES_MAX
+        )
+
     def _take(self, channel: Channel, tail: Tail) -> None:
-        frames = _frames_of(tail.rows)
+        frames = _frames_of(tail)
         channel.push(frames)
         if not frames or frames[0].seq > channel.last + 1:
             # Retention took the rows. The streams find the gap when they page themselves.
@@ -337,5 +335,5 @@ class Feed:
             self.metrics.wake_latency.observe(late_ms / 1000)
 
 
-def _frames_of(rows: list[EventRow]) -> list[Frame]:
-    return [frame_of(r.seq, r.type, r.node_id, r.level, r.body.encode()) for r in rows]
+def _frames_of(tail: Tail) -> list[Frame]:
+    return [frame_of(r.seq, r.type, r.node_id, r.level, r.body.encode()) for r in tail.rows]

@@ -83,40 +83,10 @@ _TAILS = text(
 
 
 class EventReader:
-    """All reading statements of a run's journal. Every one touches a single partition."""
+    """All reading statements of runs' journals. They touch the partitions of these runs only."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-
-    async def page_of_bytes(
-        self, run_id: UUID, after: int, limit: int, bytes_max: int
-    ) -> list[EventRow]:
-        """Events behind `after`, at most `limit`, until `bytes_max` are full; at least one.
-
-        Bodies that do not fit are not read: a hundred slow clients of a run with big outputs must
-        not hold a thousand of them each.
-        """
-        columns = [events.c[name] for name in ("seq", "type", "node_id", "level", "body")]
-        size = func.octet_length(events.c.body)
-        before = (func.sum(size).over(order_by=events.c.seq) - size).label("before")
-        inner = (
-            select(*columns, before)
-            .where(
-                events.c.run_day == run_day(run_id),
-                events.c.run_id == run_id,
-                events.c.seq > after,
-            )
-            .order_by(events.c.seq)
-            .limit(limit)
-            .subquery()
-        )
-        statement = (
-            select(*(inner.c[column.name] for column in columns))
-            .where(inner.c.before < bytes_max)
-            .order_by(inner.c.seq)
-        )
-        async with self._database.read() as connection:
-            return [EventRow(*row) for row in await connection.execute(statement)]
 
     async def page(
         self,
@@ -164,7 +134,12 @@ class EventReader:
         self, after: Mapping[UUID, int], *, runs_max: int, rows_max: int, bytes_max: int
     ) -> dict[UUID, Tail]:
         """What is new, in one statement: of the runs whose head is further than `after`, at most
-        `runs_max`, each with its next events as `page_of_bytes` gives them."""
+        `runs_max`, each with its next events, at most `rows_max`, until `bytes_max` are full, but
+        at least one.
+
+        Bodies that do not fit are not read: a hundred slow clients of a run with big outputs must
+        not hold a thousand of them each.
+        """
         asked = {
             "run_ids": list(after),
             "run_days": [run_day(run_id) for run_id in after],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -23,7 +23,7 @@ from app.journal.feed import Channel, Feed, Filter
 from app.journal.frames import frame_of
 from app.kit.drain import Drain
 from app.ports import Delta
-from app.store.events import EventReader, EventRow
+from app.store.events import EventReader, EventRow, Tail
 from tests.sse import SseEvent, parse
 
 RUN = UUID(int=1)
@@ -35,10 +35,12 @@ class Stored:
 
     rows: list[EventRow] = field(default_factory=list)
 
-    async def page_of_bytes(
-        self, run_id: UUID, after: int, limit: int, bytes_max: int
-    ) -> list[EventRow]:
-        return [row for row in self.rows if row.seq > after][:limit]
+    async def tails(
+        self, after: Mapping[UUID, int], *, runs_max: int, rows_max: int, bytes_max: int
+    ) -> dict[UUID, Tail]:
+        [(run_id, seq)] = after.items()
+        rows = [row for row in self.rows if row.seq > seq]
+        return {run_id: Tail(rows[-1].seq, rows[:rows_max])} if rows else {}
 
 
 class Client:

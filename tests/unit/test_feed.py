@@ -273,14 +273,6 @@ class StoredEvents:
         self.looked = asyncio.Event()
         self.away = False
 
-    async def page_of_bytes(
-        self, run_id: UUID, after: int, limit: int, bytes_max: int
-    ) -> list[EventRow]:
-        self.pages.append((run_id, after))
-        first = max(after + 1, self.from_seq)
-        last = min(self.heads[run_id], first + limit - 1)
-        return [EventRow(seq, "LOG", None, "INFO", str(seq)) for seq in range(first, last + 1)]
-
     async def tails(
         self, after: Mapping[UUID, int], *, runs_max: int, rows_max: int, bytes_max: int
     ) -> dict[UUID, Tail]:
@@ -288,13 +280,14 @@ class StoredEvents:
         if self.away:
             raise Unavailable("The database is away.")
         behind = [run_id for run_id, seq in after.items() if self.heads.get(run_id, 0) > seq]
-        return {
-            run_id: Tail(
-                self.heads[run_id],
-                await self.page_of_bytes(run_id, after[run_id], rows_max, bytes_max),
-            )
-            for run_id in behind[:runs_max]
-        }
+        return {run_id: self._tail(run_id, after[run_id], rows_max) for run_id in behind[:runs_max]}
+
+    def _tail(self, run_id: UUID, after: int, rows_max: int) -> Tail:
+        self.pages.append((run_id, after))
+        first = max(after + 1, self.from_seq)
+        last = min(self.heads[run_id], first + rows_max - 1)
+        rows = [EventRow(seq, "LOG", None, "INFO", str(seq)) for seq in range(first, last + 1)]
+        return Tail(self.heads[run_id], rows)
 
 
 def _feed(stored: StoredEvents) -> Feed:
