@@ -30,6 +30,9 @@ FLUSH_LOOK_S = 0.5
 SEND_BYTES_MAX = 32 * 1024
 """After the frame with which it is reached a message ends. A client that does not read costs its
 last message twice: as we gave it to the server, and as the server holds it for the socket."""
+SHARED_BYTES_MAX = (
+    2 * SEND_BYTES_MAX
+)  # what all streams of a run hold together costs each of them once
 DRAIN_SPREAD_S = 1.0
 STREAMS = "flexrun.streams"
 """Where in the scope our server wants a stream put, to run it when the framework's frames are gone:
@@ -129,7 +132,7 @@ class EventStream(EventSourceResponse):
         channel = self._channel
         if self._wanted.is_open and not self._has_deltas(max(self._cursor, channel.last)):
             data = channel.joined_after(self._cursor)
-            if data is not None and len(data) <= SEND_BYTES_MAX:
+            if data is not None and len(data) <= SHARED_BYTES_MAX:
                 self._feed.metrics.stream_frames += max(channel.last - self._cursor, 0)
                 self._cursor = max(self._cursor, channel.last)
                 return data, channel.ended and self._cursor >= channel.last

@@ -228,6 +228,7 @@ def test_at_any_pace_events_are_whole_and_deltas_in_their_place(steps: list[str]
         patch.setattr(feed_module, "RING_FRAMES_MAX", 3)
         patch.setattr(delta_ring, "DELTAS_MAX", 4)
         patch.setattr(stream_module, "SEND_BYTES_MAX", 300)
+        patch.setattr(stream_module, "SHARED_BYTES_MAX", 300)
         asyncio.run(_walk(steps))
 
 
