@@ -30,9 +30,8 @@ FLUSH_LOOK_S = 0.5
 SEND_BYTES_MAX = 32 * 1024
 """After the frame with which it is reached a message ends. A client that does not read costs its
 last message twice: as we gave it to the server, and as the server holds it for the socket."""
-SHARED_BYTES_MAX = (
-    2 * SEND_BYTES_MAX
-)  # what all streams of a run hold together costs each of them once
+SHARED_BYTES_MAX = 2 * SEND_BYTES_MAX
+"""What all streams of a run hold together costs each of them once."""
 DRAIN_SPREAD_S = 1.0
 STREAMS = "flexrun.streams"
 """Where in the scope our server wants a stream put, to run it when the framework's frames are gone:

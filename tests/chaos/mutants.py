@@ -107,10 +107,8 @@ MUTANTS = (
         (
             Patch(
                 "store/events.py",
-                "events.c.seq > after,\n            )\n            .order_by(events.c.seq)\n"
-                "            .limit(limit)\n            .subquery()",
-                "events.c.seq >= after,\n            )\n            .order_by(events.c.seq)\n"
-                "            .limit(limit)\n            .subquery()",
+                "and events.seq > behind.after",
+                "and events.seq >= behind.after",
             ),
         ),
     ),
