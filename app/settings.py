@@ -186,12 +186,12 @@ class Settings(BaseSettings):
     trace_sample: float = Field(
         1.0, ge=0, le=1, description="Share of the traces that is exported, chosen by trace id."
     )
-    trace_cpu_max: float = Field(
-        0.04,
+    trace_cpu_share: float = Field(
+        0.01,
         gt=0,
         le=1,
-        description="Share of one core that exporting traces may take, for each exporter; runs "
-        "that end faster than that are not traced.",
+        description="Share of one core that exporting traces may take of a busy service, for each "
+        "exporter; runs that end faster than that are not traced.",
     )
 
     # Instruments.

@@ -111,13 +111,18 @@ async def one_by_one(port: int, sent: bytes, count: int, *, warm: int = 2) -> li
         return [await connection.stream(sent) for _ in range(count)]
 
 
-async def at_once(port: int, sent: bytes, count: int, *, clients: int = 32) -> float:
-    """Runs per second when `clients` connections share `count` runs."""
+async def at_once(
+    port: int, sent: bytes, count: int, *, clients: int = 32, every_s: float = 0.0
+) -> float:
+    """Runs per second when `clients` connections share `count` runs, of which one more may be sent
+    every so often."""
     connections = [await Connection.open(port) for _ in range(clients)]
     left = iter(range(count))
 
     async def work(connection: Connection) -> None:
-        for _ in left:
+        for number in left:
+            if every_s:
+                await asyncio.sleep(started + number * every_s - time.perf_counter())
             await connection.stream(sent)
 
     try:

@@ -18,11 +18,18 @@ CHAIN_STEP = "chain of 100: per step"
 BIG, SMALL = 2_000, 100
 
 
+def _post(body: bytes) -> bytes:
+    return client.request("POST", "/v1/runs", body, client.EVENT_STREAM)
+
+
+DIAMOND = _post(envelopes.encoded(envelopes.diamond(), at_least=envelopes.BODY_BYTES))
+"""The request of a run in the shape of a diamond, whose answer is its stream."""
+
+
 async def diamond(rig: Rig) -> None:
     """A run alone, then many at once. A run is POSTed and its stream is the answer."""
     service, book = await rig.service(), rig.book
-    sent = _post(envelopes.encoded(envelopes.diamond(), at_least=envelopes.BODY_BYTES))
-    alone = await client.one_by_one(service.port, sent, rig.count(100, least=5))
+    alone = await client.one_by_one(service.port, DIAMOND, rig.count(100, least=5))
     first = [run.first_s * 1000 for run in alone]
     done = [run.done_s * 1000 for run in alone]
     book.add(DIAMOND_FIRST, "ms", statistics.median(first))
@@ -36,9 +43,8 @@ async def diamond(rig: Rig) -> None:
 
 async def throughput(service: Running, count: int) -> tuple[float, float]:
     """Diamonds per second, and the service's own CPU time (ms) for each."""
-    sent = _post(envelopes.encoded(envelopes.diamond(), at_least=envelopes.BODY_BYTES))
     before = service.cpu_s
-    rate = await client.at_once(service.port, sent, count, clients=AT_ONCE)
+    rate = await client.at_once(service.port, DIAMOND, count, clients=AT_ONCE)
     return rate, (service.cpu_s - before) * 1000 / count
 
 
@@ -74,7 +80,3 @@ async def _whole_run(rig: Rig, body: bytes, count: int) -> float:
     service = await rig.service()
     runs = await client.one_by_one(service.port, _post(body), count, warm=1)
     return statistics.median(run.done_s * 1000 for run in runs)
-
-
-def _post(body: bytes) -> bytes:
-    return client.request("POST", "/v1/runs", body, client.EVENT_STREAM)

@@ -1,10 +1,10 @@
 """What tracing costs: the same load without it, with a receiver, and with one that is no help.
 
 All services stand on one Postgres, each with a database of its own, and take the load in turn, a
-second or so each, again and again: a machine that is slow for a while is so for all of them. Who
-does not have the turn is stopped (SIGSTOP), so that what it has left to tell costs nobody else;
-each keeps the backlog that a lasting load leaves it. The receiver takes everything and reads
-nothing, so that it costs as little of this machine as a distant one.
+second or so each, in any order, again and again: a machine that is slow for a while is so for all
+of them, and what counts is the median turn. Who does not have the turn is stopped (SIGSTOP), so
+that what it has left to tell costs nobody else. The receiver takes everything and reads nothing, so
+that it costs as little of this machine as a distant one.
 """
 
 from __future__ import annotations
@@ -17,17 +17,23 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from statistics import mean, median
 
 from bench import client, process
 from bench.process import Running
 from bench.rig import Rig
-from bench.shapes import AT_ONCE, throughput
+from bench.shapes import AT_ONCE, DIAMOND, throughput
 from bench.stats import Goal, Ratio
 
-RUNS = 300
+RUNS = 1_000
 TURNS = 8
-SETTLE_S = 0.4
-"""At most so long before a slice: exporting comes in beats, which no slice should begin with."""
+WARM_RUNS = 300, 900
+"""So many runs, between these, go before a turn: an exporter has seen by then that its service is
+busy, and no turn begins with a batch of its."""
+CALM_RUNS = 400
+CALM_RUNS_PER_S = 100
+CAUGHT_UP_S = 4.0
+"""Enough for a service without load to tell of all that waits."""
 FIT_S = 20.0
 """How long a service that was stopped may take until it accepts runs: its lease may be over."""
 
@@ -38,6 +44,7 @@ HANGING = f"diamond, {AT_ONCE} at once, traced, the receiver hangs"
 DOWN = f"diamond, {AT_ONCE} at once, traced, nobody receives"
 CPU = "CPU of the service"
 TOLD = "share of the runs that are traced"
+BEHIND = f"how far traces are behind at {CALM_RUNS_PER_S} diamonds a second, "
 RATIOS = (
     Ratio("runs/s, no tracing over OTLP", OFF, OTLP, Goal(1.1, 1.05)),
     Ratio("runs/s, no tracing over Langfuse", OFF, LANGFUSE, Goal(1.1, 1.05)),
@@ -57,43 +64,52 @@ Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
 async def tracing(rig: Rig) -> None:
-    """Every way in turn, `TURNS` times; all turns of a way together are its round."""
+    """Every way in turn, `TURNS` times; then the exporters at a load that leaves time to spare."""
     if "tracing" not in rig.kept:
         rig.kept["tracing"] = await _services(rig)
     services: dict[str, Running] = rig.kept["tracing"]
-    sums = {name: _Sum() for name in services}
-    names = list(services)
+    turns: dict[str, list[_Turn]] = {name: [] for name in services}
+    names = [*services, OFF]  # all others are held against it
     for _ in range(rig.count(TURNS)):
+        random.shuffle(names)  # nobody always comes behind the same one
         for name in names:
-            await _slice(rig.count(RUNS, least=AT_ONCE), services[name], sums[name])
-        names.append(names.pop(0))  # nobody always comes behind the same one
-    for name, total in sums.items():
-        rig.book.add(name, "runs/s", total.runs / total.seconds)
-        rig.book.add(f"{name}: {CPU}", "ms/run", total.cpu_ms / total.runs)
+            turns[name].append(await _turn(rig.count(RUNS, least=AT_ONCE), services[name]))
+    for name, taken in turns.items():
+        rig.book.add(name, "runs/s", median(turn.rate for turn in taken))
+        rig.book.add(f"{name}: {CPU}", "ms/run", median(turn.cpu_ms for turn in taken))
         if name in (OTLP, LANGFUSE):
-            rig.book.add(f"{name}: {TOLD}", "runs/run", total.told / total.runs)
+            rig.book.add(f"{name}: {TOLD}", "runs/run", mean(turn.told for turn in taken))
+    for name, sink in ((OTLP, "OTLP"), (LANGFUSE, "Langfuse")):
+        behind_s = await _behind(rig.count(CALM_RUNS, least=AT_ONCE), services[name])
+        rig.book.add(f"{BEHIND}{sink}", "s", behind_s, goal=Goal(2.0, 1.5))
 
 
-@dataclass(slots=True)
-class _Sum:
-    """What all turns of one way come to. A single one is too short to mean anything."""
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What one turn came to; `told` is the share of its runs that a receiver was told of."""
 
-    runs: int = 0
-    seconds: float = 0.0
-    cpu_ms: float = 0.0
-    told: int = 0
+    rate: float
+    cpu_ms: float
+    told: float
 
 
-async def _slice(count: int, service: Running, total: _Sum) -> None:
-    """One turn of one service, which is awake for as long as it lasts."""
+async def _turn(count: int, service: Running) -> _Turn:
+    """One turn of one service, which is awake for as long as it lasts, under a lasting load."""
     async with _awake(service):
-        await asyncio.sleep(random.uniform(0, SETTLE_S))
+        await throughput(service, random.randint(*WARM_RUNS))
         before = await _exported(service)
         rate, cpu_ms = await throughput(service, count)
-        total.told += await _exported(service) - before
-    total.runs += count
-    total.seconds += count / rate
-    total.cpu_ms += cpu_ms * count
+        return _Turn(rate, cpu_ms, (await _exported(service) - before) / count)
+
+
+async def _behind(count: int, service: Running) -> float:
+    """Seconds of a steady pace of runs that a receiver was not yet told of when the last ended."""
+    async with _awake(service):
+        await asyncio.sleep(CAUGHT_UP_S)
+        before = await _exported(service)
+        await client.at_once(service.port, DIAMOND, count, every_s=1 / CALM_RUNS_PER_S)
+        told = await _exported(service) - before
+        return (count - told) / CALM_RUNS_PER_S
 
 
 async def _exported(service: Running) -> int:

@@ -144,7 +144,7 @@ async def open_services(
                 settings.langfuse_secret_key,
             ),
         )
-        trace_limits = TraceLimits(settings.trace_sample, settings.trace_cpu_max)
+        trace_limits = TraceLimits(settings.trace_sample, settings.trace_cpu_share)
         facets_of = registry.facets_of if settings.log_events else None
         journal = Journal(
             connect_here,

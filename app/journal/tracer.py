@@ -3,7 +3,7 @@
 Once a second the runs that came to rest here (`rested.py`) go to an exporter, in a thread of its
 own, with the trace context from their rows. Everything is best effort: an exporter that is slow or
 away costs traces, which are counted, and nothing else. Nor does one that is well take more than its
-share of a core: a batch is followed by a rest as long as its work asks for.
+share of a core from a service that is busy (`Pace`).
 """
 
 from __future__ import annotations
@@ -32,15 +32,54 @@ LEAVING_S = 2.0
 """How long a process that leaves waits for its last traces."""
 CLOSING_S = 0.2
 """How long it waits for an exporter that was given up already to let go."""
+CORE_IN_USE = 0.6
+"""A service that uses less of a core than this, exporters and all, is not busy."""
+REST_S = 0.25
+"""How long a rest lasts before it is asked again whether the service is still busy."""
+SEEN_S = 0.001
+"""A shorter rest does not show it, and is not taken."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceLimits:
-    """`sample`: the share of the traces that is exported, chosen by trace id (0 to 1). `cpu_max`:
-    the share of one core that an exporter may take."""
+    """`sample`: the share of the traces that is exported, chosen by trace id (0 to 1). `cpu_share`:
+    the share of one core that an exporter may take of a service that is busy."""
 
     sample: float = 1.0
-    cpu_max: float = 0.04
+    cpu_share: float = 0.01
+
+
+class Pace:
+    """How long an exporter rests after a batch.
+
+    The loop and the exporters share one core, as Python has it. Up to `CORE_IN_USE` of it in all an
+    exporter takes what it needs, so that a service with time to spare traces every run; above that,
+    `cpu_share` is all that it takes. How busy the service is shows while the exporter rests.
+    """
+
+    def __init__(self, cpu_share: float) -> None:
+        self._cpu_share = cpu_share
+        self._share = max(cpu_share, CORE_IN_USE)
+        self._owed_s = 0.0
+        self._since = 0.0, 0.0
+
+    def worked(self, worked_s: float) -> None:
+        """A batch took so many seconds of CPU, and the rest begins."""
+        self._owed_s += worked_s
+        self._since = time.monotonic(), time.process_time()
+
+    def rest_s(self) -> float:
+        """Seconds to wait before asking again; 0 when the next batch may go."""
+        wall_s, cpu_s = self._since
+        self._since = time.monotonic(), time.process_time()
+        rested_s = self._since[0] - wall_s
+        if rested_s >= SEEN_S:
+            busy = (self._since[1] - cpu_s) / rested_s
+            self._share = max(self._cpu_share, CORE_IN_USE - busy)
+        per_work = max(1 / self._share - 1, 1e-9)
+        self._owed_s = max(self._owed_s - rested_s / per_work, 0.0)
+        rest_s = self._owed_s * per_work
+        return min(rest_s, REST_S) if rest_s >= SEEN_S else 0.0  # what is less stays owed
 
 
 class Tracer:
@@ -81,12 +120,13 @@ class Tracer:
     # --- off the path -----------------------------------------------------------------------------
 
     async def _export_for_ever(self) -> None:
-        is_last = False
+        is_last, pace = False, Pace(self._limits.cpu_share)
         while not is_last:
             is_last = await wait_at_most(self._closing, EVERY_S)
             while runs := self.runs.take(RUNS_AT_ONCE):
-                worked_s = await self._export_and_count(runs)
-                await wait_at_most(self._closing, worked_s * (1 / self._limits.cpu_max - 1))
+                pace.worked(await self._export_and_count(runs))
+                while (rest_s := pace.rest_s()) and not self._closing.is_set():
+                    await wait_at_most(self._closing, rest_s)
 
     async def _export_and_count(self, runs: list[RestedRun]) -> float:
         """Seconds of CPU that it took. Whatever goes wrong, the next runs are traced."""

@@ -53,6 +53,9 @@ class Tail:
     rows: list[EventRow]
 
 
+_TRACEPARENTS = text(
+    "select run_id, traceparent from runs where run_id = any(cast(:run_ids as uuid[]))"
+)
 _TAILS = text(
     """
     with behind as (
@@ -126,9 +129,9 @@ class EventReader:
 
     async def traceparents(self, run_ids: list[UUID]) -> dict[UUID, str]:
         """The W3C trace context that each run was accepted with."""
-        statement = select(runs.c.run_id, runs.c.traceparent).where(runs.c.run_id.in_(run_ids))
         async with self._database.read() as connection:
-            return {row.run_id: row.traceparent for row in await connection.execute(statement)}
+            found = await connection.execute(_TRACEPARENTS, {"run_ids": run_ids})
+            return {row.run_id: row.traceparent for row in found}
 
     async def tails(
         self, after: Mapping[UUID, int], *, runs_max: int, rows_max: int, bytes_max: int

@@ -188,7 +188,7 @@ async def world(
             langfuse_public_key=f"pk-lf-{make_canary()}",
             langfuse_secret_key=c["secret key of Langfuse"],
             langfuse_base_url=sinks[1].url,
-            trace_cpu_max=1.0,
+            trace_cpu_share=1.0,
             log_events=True,
             max_retries=0,
             cb_threshold=10_000,

@@ -1,0 +1,100 @@
+"""How long an exporter of traces rests, by what its service does besides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.journal import tracer as module
+from app.journal.tracer import CORE_IN_USE, REST_S, Pace
+
+SHARE = 0.01
+BATCH_S = 0.015
+
+
+@dataclass
+class Clock:
+    """A process whose loop takes `busy` of a core all the time."""
+
+    busy: float = 0.0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+    def monotonic(self) -> float:
+        return self.wall_s
+
+    def process_time(self) -> float:
+        return self.cpu_s
+
+    def work(self, seconds: float) -> None:
+        """The exporter has the core to itself."""
+        self.wall_s += seconds
+        self.cpu_s += seconds
+
+    def rest(self, seconds: float) -> None:
+        self.wall_s += seconds
+        self.cpu_s += seconds * self.busy
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def share_taken(clock: Clock, batches: int, batch_s: float = BATCH_S) -> float:
+    """The share of a core that an exporter takes which always has something to tell."""
+    pace, began_s = Pace(SHARE), clock.wall_s
+    for _ in range(batches):
+        clock.work(batch_s)
+        pace.worked(batch_s)
+        while rest_s := pace.rest_s():
+            assert 0 < rest_s <= REST_S
+            clock.rest(rest_s)
+    return batches * batch_s / (clock.wall_s - began_s)
+
+
+def test_a_service_without_work_leaves_what_is_not_in_use(clock: Clock) -> None:
+    assert share_taken(clock, 50) == pytest.approx(CORE_IN_USE, rel=0.02)
+
+
+@pytest.mark.parametrize("busy", [0.7, 0.9, 1.0, 1.7])
+def test_a_busy_one_leaves_the_share_that_is_set(clock: Clock, busy: float) -> None:
+    clock.busy = busy
+    assert share_taken(clock, 50) == pytest.approx(SHARE, rel=0.02)
+
+
+@given(busy=st.floats(0, 2), batch_s=st.floats(0.002, 1))
+def test_never_more_than_what_is_not_in_use_nor_less_than_the_share(
+    busy: float, batch_s: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        clock = Clock(busy)
+        patch.setattr(module, "time", clock)
+        share = share_taken(clock, 5, batch_s)
+    assert SHARE * 0.99 <= share <= CORE_IN_USE * 1.01
+
+
+def test_a_rest_ends_soon_after_the_load_does(clock: Clock) -> None:
+    clock.busy = 1.0
+    pace = Pace(SHARE)
+    pace.worked(1.0)  # at this share worth a hundred seconds
+    for _ in range(4):
+        assert pace.rest_s() == REST_S
+        clock.rest(REST_S)
+    clock.busy, quiet_s = 0.0, 0.0
+    while rest_s := pace.rest_s():
+        clock.rest(rest_s)
+        quiet_s += rest_s
+    assert quiet_s < 1.0 / CORE_IN_USE + REST_S
+
+
+def test_a_batch_that_took_no_time_asks_for_no_rest(clock: Clock) -> None:
+    pace = Pace(SHARE)
+    pace.worked(0.0)
+    assert pace.rest_s() == 0.0
+    assert clock.wall_s == 0.0
