@@ -2,9 +2,9 @@
 
 All services stand on one Postgres, each with a database of its own, and take the load in turn, a
 second or so each, in any order, again and again: a machine that is slow for a while is so for all
-of them, and what counts is the median turn. Who does not have the turn is stopped (SIGSTOP), so
-that what it has left to tell costs nobody else. The receiver takes everything and reads nothing, so
-that it costs as little of this machine as a distant one.
+of them, and what counts is the median turn. A turn ends when its service is quiet again, so that
+what an exporter has left to tell costs nobody else. The receiver takes everything and reads
+nothing, so that it costs as little of this machine as a distant one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import random
 import re
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -26,16 +25,15 @@ from bench.shapes import AT_ONCE, DIAMOND, throughput
 from bench.stats import Goal, Ratio
 
 RUNS = 1_000
-TURNS = 8
+TURNS = 2
 WARM_RUNS = 300, 900
 """So many runs, between these, go before a turn: an exporter has seen by then that its service is
 busy, and no turn begins with a batch of its."""
 CALM_RUNS = 400
 CALM_RUNS_PER_S = 100
-CAUGHT_UP_S = 4.0
-"""Enough for a service without load to tell of all that waits."""
-FIT_S = 20.0
-"""How long a service that was stopped may take until it accepts runs: its lease may be over."""
+QUIET_S = 0.6
+QUIET_CPU_S = 0.04
+"""A service that used less CPU in `QUIET_S` has nothing left to tell."""
 
 OFF = f"diamond, {AT_ONCE} at once, no tracing"
 OTLP = f"diamond, {AT_ONCE} at once, traced by OTLP"
@@ -94,22 +92,32 @@ class _Turn:
 
 
 async def _turn(count: int, service: Running) -> _Turn:
-    """One turn of one service, which is awake for as long as it lasts, under a lasting load."""
-    async with _awake(service):
-        await throughput(service, random.randint(*WARM_RUNS))
-        before = await _exported(service)
-        rate, cpu_ms = await throughput(service, count)
-        return _Turn(rate, cpu_ms, (await _exported(service) - before) / count)
+    """One turn of one service, under a lasting load."""
+    await throughput(service, random.randint(*WARM_RUNS))
+    before = await _exported(service)
+    rate, cpu_ms = await throughput(service, count)
+    told = await _exported(service) - before
+    await _quiet(service)
+    return _Turn(rate, cpu_ms, told / count)
 
 
 async def _behind(count: int, service: Running) -> float:
     """Seconds of a steady pace of runs that a receiver was not yet told of when the last ended."""
-    async with _awake(service):
-        await asyncio.sleep(CAUGHT_UP_S)
-        before = await _exported(service)
-        await client.at_once(service.port, DIAMOND, count, every_s=1 / CALM_RUNS_PER_S)
-        told = await _exported(service) - before
-        return (count - told) / CALM_RUNS_PER_S
+    before = await _exported(service)
+    await client.at_once(service.port, DIAMOND, count, every_s=1 / CALM_RUNS_PER_S)
+    told = await _exported(service) - before
+    await _quiet(service)
+    return (count - told) / CALM_RUNS_PER_S
+
+
+async def _quiet(service: Running) -> None:
+    """Until the exporter has told of all that waits."""
+    used_s = service.cpu_s
+    while True:
+        await asyncio.sleep(QUIET_S)
+        before_s, used_s = used_s, service.cpu_s
+        if used_s - before_s < QUIET_CPU_S:
+            return
 
 
 async def _exported(service: Running) -> int:
@@ -120,34 +128,8 @@ async def _exported(service: Running) -> int:
     return int(found[1]) if found else 0
 
 
-@asynccontextmanager
-async def _awake(service: Running) -> AsyncIterator[None]:
-    """A service that was stopped goes on for the time of the block, once it is fit to."""
-    service.process.send_signal(signal.SIGCONT)
-    try:
-        await _fit(service)
-        yield
-    finally:
-        service.process.send_signal(signal.SIGSTOP)
-
-
-async def _fit(service: Running) -> None:
-    """Wait until the service has driven a run. Raises `Refused` when it does not within `FIT_S`."""
-    loop = asyncio.get_running_loop()
-    until = loop.time() + FIT_S
-    while True:
-        try:
-            await throughput(service, 1)
-        except client.Refused:
-            if loop.time() > until:
-                raise
-        else:
-            return
-        await asyncio.sleep(0.1)
-
-
 async def _services(rig: Rig) -> dict[str, Running]:
-    """A service for every way, warmed up and stopped."""
+    """A service for every way, warmed up."""
     up = await rig.stack.enter_async_context(_receiver(_accept))
     hanging = await rig.stack.enter_async_context(_receiver(_never))
     keys = {"LANGFUSE_PUBLIC_KEY": "pk-lf-bench", "LANGFUSE_SECRET_KEY": "sk-lf-bench"}
@@ -163,7 +145,7 @@ async def _services(rig: Rig) -> dict[str, Running]:
         dsn = await rig.database(f"bench_tracing_{number}")
         found[name] = await rig.stack.enter_async_context(_service(dsn, settings))
         await throughput(found[name], AT_ONCE)
-        found[name].process.send_signal(signal.SIGSTOP)
+        await _quiet(found[name])
     return found
 
 
@@ -174,7 +156,6 @@ async def _service(dsn: str, settings: dict[str, str]) -> AsyncIterator[Running]
     try:
         yield service
     finally:
-        service.process.send_signal(signal.SIGCONT)
         await service.stop()
 
 
