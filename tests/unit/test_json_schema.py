@@ -1,6 +1,7 @@
 """Schemas of strangers: limits hold, nothing is fetched or runs long, reasons are readable.
 
-What runs away here does so for good: the limit of a test (`timeout` in pyproject.toml) ends it.
+Where Python does the work, calls are counted; what runs away elsewhere does so for good, and the
+limit of a test (`timeout` in pyproject.toml) ends it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import http.server
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from app.domain.schema_shape import (
     standing_alone,
 )
 from app.kit.json_pointer import tokens
+from tests.effort import calls_made
 
 
 def refusal(schema: Any, pointer: str = "/schema") -> Fault:
@@ -182,7 +185,10 @@ def doubling(levels: int, keyword: str = "allOf") -> dict[str, Any]:
 def test_references_that_fan_out_are_refused(keyword: str) -> None:
     assert compile_schema(doubling(8, keyword)).shape.cost > 2**8
     for levels in (22, 60):
-        assert refusal(doubling(levels, keyword)).code == "SCHEMA_TOO_LARGE"
+        schema = doubling(levels, keyword)
+        fault, calls = calls_made(partial(refusal, schema))
+        assert fault.code == "SCHEMA_TOO_LARGE"
+        assert calls < 500 * levels
 
 
 def test_a_long_chain_of_references_is_refused() -> None:
@@ -341,7 +347,9 @@ def test_large_values_are_searched_part_by_part() -> None:
     rows: list[Any] = ["head", *({"n": n} for n in range(20_000))]
     rows[7] = {"n": "seven"}
     rows[19_999] = {"n": None}
-    found = compile_schema(schema).errors({"rows": rows, "name": "x"})
+    validator = compile_schema(schema)
+    found, calls = calls_made(partial(validator.errors, {"rows": rows, "name": "x"}))
+    assert calls < 40 * len(rows)
     assert [(violation.pointer, violation.keyword) for violation in found] == [
         ("/rows/7/n", "type"),
         ("/rows/19999/n", "type"),
