@@ -187,11 +187,11 @@ class Settings(BaseSettings):
         1.0, ge=0, le=1, description="Share of the traces that is exported, chosen by trace id."
     )
     trace_cpu_share: float = Field(
-        0.01,
+        0.02,
         gt=0,
         le=1,
-        description="Share of one core that exporting traces may take of a busy service, for each "
-        "exporter; runs that end faster than that are not traced.",
+        description="Share of one core that the process of an exporter may take beside a busy "
+        "service; runs that end faster than that are not traced.",
     )
 
     # Instruments.

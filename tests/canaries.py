@@ -12,9 +12,11 @@ import base64
 import contextlib
 import io
 import logging
+import os
 import secrets
 import string
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +40,8 @@ from tests.servers import RunningRedis
 LENGTH = 24
 _LETTERS = string.ascii_lowercase + string.digits
 DATA_EVENTS = ("RUN_QUEUED", "NODE_DONE", "NODE_SKIPPED", "RUN_DONE")
+STREAMS = (1, 2)
+"""Standard output and standard error, as children inherit them."""
 INSTRUMENTS = ("/metrics", "/v1/slm/", "/v1/models", "/v1/breakers")
 
 
@@ -268,13 +272,18 @@ def breaks_off(caught: Caught, name: str) -> Behaviour:
 
 @contextmanager
 def lines_of_the_process(caught: Caught) -> Iterator[None]:
-    """Log as a process does at DEBUG, and catch its lines and all that is printed meanwhile."""
+    """Log as a process does at DEBUG, and catch its lines and all that is printed meanwhile, by
+    its children, too."""
     root = logging.getLogger()
     known = [root, *(found for found in _loggers() if found.level)]
     before = [(found, found.level) for found in known]
     handlers = list(root.handlers)
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    with (
+        children_print_to(caught),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+    ):
         configure("DEBUG")
         try:
             yield
@@ -285,6 +294,23 @@ def lines_of_the_process(caught: Caught) -> Iterator[None]:
                 found.setLevel(level)
             root.handlers[:] = handlers
     caught.sinks[Sink.LOG] += out.getvalue().splitlines()
+
+
+@contextmanager
+def children_print_to(caught: Caught) -> Iterator[None]:
+    """Catch what goes to the standard streams past the objects of `sys`."""
+    kept = [os.dup(stream) for stream in STREAMS]
+    with tempfile.TemporaryFile() as out:
+        for stream in STREAMS:
+            os.dup2(out.fileno(), stream)
+        try:
+            yield
+        finally:
+            for before, stream in zip(kept, STREAMS, strict=True):
+                os.dup2(before, stream)
+                os.close(before)
+        out.seek(0)
+        caught.sinks[Sink.LOG] += out.read().decode(errors="replace").splitlines()
 
 
 def _loggers() -> list[logging.Logger]:

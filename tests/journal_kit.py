@@ -16,9 +16,10 @@ from app.domain.events import Event, EventType
 from app.domain.run import RunStatus
 from app.journal.frames import Frame
 from app.journal.record import Append, Journal, RunHandle
-from app.kit.clock import now_ms, to_datetime
+from app.kit.clock import now_ms
 from app.kit.ids import created_ms, new_id
 from app.kit.metrics import Metrics
+from app.kit.rfc3339 import to_datetime
 from app.store.append import NewRun
 from app.store.database import Database
 from app.store.partitions import make_partitions, make_partitions_hot

@@ -30,6 +30,7 @@ from app.domain.decide import (
     recover,
     unknown_outcome,
 )
+from app.domain.event_json import decode_event, encode_event
 from app.domain.events import (
     TERMINAL_EVENTS,
     BlockReason,
@@ -46,7 +47,6 @@ from app.domain.signals import Signal, SignalKind, apply_signal, uncertain_nodes
 from app.domain.snapshot import state_as_dict, state_from_dict
 from app.domain.state import CapabilityKey, RunState, apply
 from app.domain.triggers import triggered
-from app.journal.frames import decode_event, encode_body
 from tests.journal_rules import FINISHED, Call, Inheritance, Outside, Watch, is_kept
 from tests.plans import RUN_ID, START_MS, exact, fold, key_of
 from tests.scenarios import FAILURES, Scenario, next_plan, random_scenario
@@ -211,7 +211,7 @@ class Simulation:
 
     def _record(self, step: list[Event]) -> None:
         """Make the step durable; a crash keeps some prefix of it."""
-        bodies = [encode_body(event, RUN_ID, "") for event in step]
+        bodies = [encode_event(event, RUN_ID, "") for event in step]
         if self.rng.random() < self.scenario.crash:
             self._keep(step, bodies, self.rng.randint(0, len(bodies)))
             self.seen["crash in the append"] += 1
@@ -535,7 +535,7 @@ class Simulation:
             step, [Event(EventType.NODE_SKIPPED, dict(skipped), node_id=i) for i in inherits.kept]
         )
         self._note(step, [unknown_outcome(node_id, 1, error) for node_id in inherits.uncertain])
-        self.durable = [encode_body(event, RUN_ID, "") for event in step]
+        self.durable = [encode_event(event, RUN_ID, "") for event in step]
 
     def successor(self, seed: int) -> Simulation:
         """The run that goes on where this one failed or was cancelled."""

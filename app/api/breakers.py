@@ -11,7 +11,7 @@ from app.api.deps import services_of
 from app.api.errors import PROBLEMS
 from app.api.runs import json_response
 from app.domain.errors import NotFound
-from app.kit.clock import rfc3339
+from app.kit.rfc3339 import rfc3339
 from app.orchestrator.announce import announce_transition
 from app.ports import BreakerStatus, BreakerView
 

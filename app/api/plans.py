@@ -16,8 +16,9 @@ from app.domain.envelope import Envelope
 from app.domain.errors import NotFound
 from app.domain.plan_diff import diff_plans
 from app.domain.plan_json import plan_as_dict, plan_from_dict
-from app.kit.clock import now_ms, rfc3339
+from app.kit.clock import now_ms
 from app.kit.ids import parse_id
+from app.kit.rfc3339 import rfc3339
 from app.planner.plan_envelope import plan_envelope
 
 router = APIRouter(tags=["plans"])

@@ -10,9 +10,9 @@ from app.domain.plan import Plan
 from app.domain.plan_json import plan_as_dict
 from app.domain.run import NodeStatus, RunStatus
 from app.domain.state import NodeState, RunState
-from app.kit.clock import rfc3339
 from app.kit.ids import created_ms
 from app.kit.redact import redact
+from app.kit.rfc3339 import rfc3339
 from app.orchestrator.resume import StoredRun, event_value, last_event
 from app.orchestrator.run import DrivenRun
 from app.store.signals import SignalRecord

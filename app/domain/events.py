@@ -7,6 +7,7 @@ OpenAPI union and the tests read the shapes from there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -93,6 +94,13 @@ class Event:
     level: Level = Level.INFO
     seq: int = 0
     ts: int = 0
+
+
+def rested_before(events: Sequence[Event]) -> int:
+    """The seq up to which readings of a run were told when it paused before its last event; 0 when
+    it never did."""
+    rests = [event.seq for event in events[:-1] if event.type is EventType.RUN_PAUSED]
+    return rests[-1] if rests else 0
 
 
 def error_data(code: str, message: str, **more: Any) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
+from app.domain.event_json import decode_event
 from app.domain.events import TERMINAL_EVENTS, Event, EventType
 from app.domain.record_shapes import EventLine
-from app.journal.frames import Frame, body_of, decode_event
-from app.kit.clock import rfc3339
+from app.journal.frames import Frame, body_of
 from app.kit.metrics import Metrics
+from app.kit.rfc3339 import rfc3339
 from app.kit.side_thread import SideThread
 from app.kit.waiting import wait_at_most
 

@@ -1,7 +1,8 @@
-"""Events as bytes: the JSON that is stored and the SSE frame that is sent are made once, here.
+"""SSE frames around events: made once, when the event is written.
 
-`body` is exactly what the `events` row holds and what stands behind `data:`; a replayed frame is
-therefore byte for byte the frame that was sent live. Format: WHATWG HTML, section 9.2.
+A `body` is the JSON of an event (`domain/event_json.py`), exactly what the `events` row holds and
+what stands behind `data:`; a replayed frame is therefore byte for byte the frame that was sent
+live. Format: WHATWG HTML, section 9.2.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 
 import orjson
 
-from app.domain.events import TERMINAL_EVENTS, Event, Level, type_named
-from app.kit.clock import from_rfc3339, rfc3339
+from app.domain.events import TERMINAL_EVENTS
+from app.kit.rfc3339 import from_rfc3339
 from app.ports import Delta
 
 
@@ -29,26 +30,6 @@ class Frame:
     @property
     def is_terminal(self) -> bool:
         return self.type in TERMINAL_EVENTS
-
-
-def encode_body(event: Event, run_id: str, trace_id: str) -> bytes:
-    """The event as JSON. Keys come in a fixed order; those that do not apply are left out."""
-    found: dict[str, Any] = {
-        "seq": event.seq,
-        "run_id": run_id,
-        "ts": rfc3339(event.ts),
-        "level": event.level,
-        "type": event.type,
-    }
-    if event.node_id is not None:
-        found["node_id"] = event.node_id
-    if event.attempt is not None:
-        found["attempt"] = event.attempt
-    if event.plan_version is not None:
-        found["plan_version"] = event.plan_version
-    found["trace_id"] = trace_id
-    found["data"] = event.data
-    return orjson.dumps(found)
 
 
 def frame_of(seq: int, event_type: str, node_id: str | None, level: str, body: bytes) -> Frame:
@@ -85,18 +66,3 @@ def written_at(frame: Frame) -> int:
     """The `ts` of the event in a frame, in ms: the keys of a body come in a fixed order."""
     at = frame.data.index(b'"ts":"') + 6
     return from_rfc3339(frame.data[at : at + 24].decode())
-
-
-def decode_event(body: str | bytes) -> Event:
-    """The event of a stored body."""
-    found = orjson.loads(body)
-    return Event(
-        type_named(found["type"]),
-        found["data"],
-        node_id=found.get("node_id"),
-        attempt=found.get("attempt"),
-        plan_version=found.get("plan_version"),
-        level=Level(found["level"]),
-        seq=found["seq"],
-        ts=from_rfc3339(found["ts"]),
-    )

@@ -23,13 +23,14 @@ from dataclasses import dataclass, field
 from datetime import date
 from uuid import UUID
 
+from app.domain.event_json import encode_event
 from app.domain.events import Event
 from app.domain.run import RunStatus
-from app.journal.frames import Frame, encode_body, frame_of
+from app.journal.frames import Frame, frame_of
 from app.journal.writer import FrameSink, Pending, Writer
-from app.kit.clock import to_datetime
 from app.kit.ids import run_day
 from app.kit.metrics import Metrics
+from app.kit.rfc3339 import to_datetime
 from app.store.append import HeadMove, NewRun
 from app.store.database import HotConnection
 
@@ -136,7 +137,7 @@ class Journal:
         rows: list[tuple[int, str, str | None, int | None, str, str]] = []
         size = sum([len(blob) for _, blob in append.blobs])
         for event in append.events:
-            body = encode_body(event, handle.text_id, handle.trace_id)
+            body = encode_event(event, handle.text_id, handle.trace_id)
             size += len(body)
             frames.append(frame_of(event.seq, event.type, event.node_id, event.level, body))
             rows.append(

@@ -16,9 +16,11 @@ from uuid import UUID
 import orjson
 
 from app.domain.errors import FlexrunError
+from app.domain.event_json import decode_event
+from app.domain.events import rested_before
 from app.domain.record_shapes import RecordKind
-from app.journal.frames import Frame, decode_event
-from app.journal.rested import Body, RestedRun, RestedRuns, told_before
+from app.journal.frames import Frame
+from app.journal.rested import Body, RestedRun, RestedRuns
 from app.journal.run_records import READ, records_of
 from app.kit.metrics import Metrics
 from app.kit.side_thread import SideThread
@@ -113,7 +115,7 @@ class RecordLog:
             str(run.run_id),
             trace_id,
             events,
-            told_before(events),
+            rested_before(events),
             has_models=self._wanted.has_models,
         )
         for kind, record in records:

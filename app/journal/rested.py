@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
-from app.domain.events import Event, EventType
 from app.journal.feed import RESTING_EVENTS
 from app.journal.frames import Frame, body_of
 from app.store.events import EventReader
@@ -23,7 +22,7 @@ RUNS_UNDER_WAY_MAX = 10_000
 BYTES_MAX = 64 * 1024 * 1024
 PAGE_ROWS = 1_000
 
-Body = tuple[str, str | bytes]
+Body = tuple[str, bytes]
 """The type of an event, and the event as JSON."""
 
 
@@ -96,11 +95,5 @@ class RestedRuns:
             rows = await self._reader.page(run.run_id, len(bodies), left)
             if not rows:  # the day was pruned meanwhile
                 break
-            bodies += [(row.type, row.body) for row in rows]
+            bodies += [(row.type, row.body.encode()) for row in rows]
         return bodies
-
-
-def told_before(events: list[Event]) -> int:
-    """The seq up to which was told when the run rested before; 0 when it never did."""
-    rests = [event.seq for event in events[:-1] if event.type is EventType.RUN_PAUSED]
-    return rests[-1] if rests else 0

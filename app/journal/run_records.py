@@ -17,7 +17,7 @@ from app.domain.record_shapes import (
     LatencyRecord,
     RecordKind,
 )
-from app.kit.clock import rfc3339
+from app.kit.rfc3339 import rfc3339
 
 PLANNER = "planner"
 UNFINISHED = "unfinished"

@@ -1,9 +1,9 @@
 """Traces as a reading of the journal: a run that came to rest here is told as spans, off the path.
 
-Once a second the runs that came to rest here (`rested.py`) go to an exporter, in a thread of its
-own, with the trace context from their rows. Everything is best effort: an exporter that is slow or
-away costs traces, which are counted, and nothing else. Nor does one that is well take more than its
-share of a core from a service that is busy (`Pace`).
+Once a second the runs that came to rest here (`rested.py`) go to an exporter, with the trace
+context from their rows. Everything is best effort: an exporter that is slow or away costs traces,
+which are counted, and nothing else. Nor does one that is well take more than its share of a core
+from a service that is busy (`Pace`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
-from functools import partial
 from uuid import UUID
 
 from app.domain.errors import FlexrunError
-from app.journal.frames import Frame, decode_event
-from app.journal.rested import Body, RestedRun, RestedRuns, told_before
+from app.journal.frames import Frame
+from app.journal.rested import RestedRun, RestedRuns
 from app.kit.metrics import Metrics
-from app.kit.side_thread import SideThread
 from app.kit.waiting import wait_at_most
 from app.ports import RunTrace, TraceExporter
 from app.store.events import EventReader
@@ -27,17 +25,15 @@ from app.store.events import EventReader
 log = logging.getLogger("flexrun.tracer")
 
 EVERY_S = 1.0
-RUNS_AT_ONCE = 32
+RUNS_AT_ONCE = 100
 LEAVING_S = 2.0
 """How long a process that leaves waits for its last traces."""
-CLOSING_S = 0.2
-"""How long it waits for an exporter that was given up already to let go."""
-CORE_IN_USE = 0.6
-"""A service that uses less of a core than this, exporters and all, is not busy."""
+CORE_IN_USE = 0.75
+"""How much of a core a service and an exporter may use before the service counts as busy."""
 REST_S = 0.25
 """How long a rest lasts before it is asked again whether the service is still busy."""
-SEEN_S = 0.001
-"""A shorter rest does not show it, and is not taken."""
+SEEN_S = 0.1
+"""A shorter time does not show it: every loop has idle moments. Nor is it a rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,40 +42,43 @@ class TraceLimits:
     the share of one core that an exporter may take of a service that is busy."""
 
     sample: float = 1.0
-    cpu_share: float = 0.01
+    cpu_share: float = 0.02
 
 
 class Pace:
     """How long an exporter rests after a batch.
 
-    The loop and the exporters share one core, as Python has it. Up to `CORE_IN_USE` of it in all an
-    exporter takes what it needs, so that a service with time to spare traces every run; above that,
-    `cpu_share` is all that it takes. How busy the service is shows while the exporter rests.
+    What the service leaves of `CORE_IN_USE`, an exporter takes as it needs it, so that a service
+    with time to spare traces every run; from a busy one it takes `cpu_share` and no more.
     """
 
     def __init__(self, cpu_share: float) -> None:
         self._cpu_share = cpu_share
-        self._share = max(cpu_share, CORE_IN_USE)
+        self._share = cpu_share
         self._owed_s = 0.0
-        self._since = 0.0, 0.0
+        self._paid_at = time.monotonic()
+        self._seen_at = self._paid_at, time.process_time()
 
     def worked(self, worked_s: float) -> None:
-        """A batch took so many seconds of CPU, and the rest begins."""
+        """A batch took so many seconds of CPU, in the exporter's own process."""
         self._owed_s += worked_s
-        self._since = time.monotonic(), time.process_time()
 
     def rest_s(self) -> float:
         """Seconds to wait before asking again; 0 when the next batch may go."""
-        wall_s, cpu_s = self._since
-        self._since = time.monotonic(), time.process_time()
-        rested_s = self._since[0] - wall_s
-        if rested_s >= SEEN_S:
-            busy = (self._since[1] - cpu_s) / rested_s
-            self._share = max(self._cpu_share, CORE_IN_USE - busy)
-        per_work = max(1 / self._share - 1, 1e-9)
-        self._owed_s = max(self._owed_s - rested_s / per_work, 0.0)
-        rest_s = self._owed_s * per_work
+        now = time.monotonic()
+        self._owed_s = max(self._owed_s - (now - self._paid_at) * self._share, 0.0)
+        self._paid_at = now
+        self._look(now)
+        rest_s = self._owed_s / self._share
         return min(rest_s, REST_S) if rest_s >= SEEN_S else 0.0  # what is less stays owed
+
+    def _look(self, now: float) -> None:
+        """How busy was the service since the last look?"""
+        since, cpu_s = self._seen_at
+        if now - since >= SEEN_S:
+            self._seen_at = now, time.process_time()
+            busy = (self._seen_at[1] - cpu_s) / (now - since)
+            self._share = max(self._cpu_share, CORE_IN_USE - busy)
 
 
 class Tracer:
@@ -94,7 +93,6 @@ class Tracer:
         self._limits = limits
         self.runs = RestedRuns(reader, self._drop)
         self._closing = asyncio.Event()
-        self._thread = SideThread("tracer")
         self._task = asyncio.create_task(self._export_for_ever(), name="tracer")
 
     def publish(self, run_id: UUID, frames: list[Frame]) -> None:
@@ -108,14 +106,10 @@ class Tracer:
         """Export what rests, for as long as a process that leaves may take, then stop."""
         self._closing.set()
         _, late = await asyncio.wait([self._task], timeout=LEAVING_S)
-        self._thread.stop()
-        closer = SideThread("tracer-close")  # the other one may be in an export that hangs
-        closing = asyncio.ensure_future(closer.run(self._exporter.close))
-        _, also_late = await asyncio.wait([closing], timeout=CLOSING_S if late else LEAVING_S)
-        closer.stop()
-        for task in (*late, *also_late):
+        for task in late:
             task.cancel()
-        await asyncio.gather(self._task, closing, return_exceptions=True)
+        await asyncio.gather(*late, return_exceptions=True)
+        await self._exporter.aclose()
 
     # --- off the path -----------------------------------------------------------------------------
 
@@ -137,8 +131,10 @@ class Tracer:
             sampled = [(run, contexts.get(run.run_id, "")) for run in runs]
             sampled = [found for found in sampled if is_sampled(found[1], self._limits.sample)]
             if sampled:
-                arrived, worked_s = await self._export(sampled)
-                outcome = "exported" if arrived else "failed"
+                traces = [await self._trace_of(run, context) for run, context in sampled]
+                exported = await self._exporter.export(traces)
+                outcome = "exported" if exported.arrived else "failed"
+                worked_s = exported.cpu_s
         except FlexrunError as error:
             log.warning("%d runs are not traced: %s", len(sampled), error.code)
         except Exception:
@@ -148,24 +144,9 @@ class Tracer:
         self.runs.done(runs)
         return worked_s
 
-    async def _export(self, runs: list[tuple[RestedRun, str]]) -> tuple[bool, float]:
-        """Whether they arrived, and the seconds of CPU that it took."""
-        found = [(run, context, await self.runs.bodies_of(run)) for run, context in runs]
-        return await self._thread.run(partial(_export, self._exporter, found))
-
-
-def _export(
-    exporter: TraceExporter, found: list[tuple[RestedRun, str, list[Body]]]
-) -> tuple[bool, float]:
-    """In the thread: read the events and hand them over. Whether they arrived, and CPU seconds."""
-    began = time.thread_time()
-    arrived = exporter.export([_trace_of(*one) for one in found])
-    return arrived, time.thread_time() - began
-
-
-def _trace_of(run: RestedRun, traceparent: str, bodies: list[Body]) -> RunTrace:
-    events = [decode_event(body) for _, body in bodies]
-    return RunTrace(str(run.run_id), traceparent, events, told_seq=told_before(events))
+    async def _trace_of(self, run: RestedRun, traceparent: str) -> RunTrace:
+        bodies = [body for _, body in await self.runs.bodies_of(run)]
+        return RunTrace(str(run.run_id), traceparent, bodies)
 
 
 def is_sampled(traceparent: str, share: float) -> bool:

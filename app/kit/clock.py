@@ -1,4 +1,4 @@
-"""Time, in the two forms that the service uses. Nothing in `domain` may import this.
+"""What time it is. Nothing in `domain` may import this.
 
 Several processes write and read the times of one run, and their machines' clocks may be minutes
 apart: a retry that one of them puts off by a second must not wait for an hour in another. So all
@@ -8,9 +8,7 @@ between the monotonic clock counts, so that a jump of the machine's clock change
 
 from __future__ import annotations
 
-import functools
 import time
-from datetime import UTC, datetime
 
 _ahead_ns = time.time_ns() - time.monotonic_ns()
 
@@ -32,24 +30,3 @@ def follow(told_ms: float, asked_at_ns: int, answered_at_ns: int) -> None:
     """
     global _ahead_ns
     _ahead_ns = int(told_ms * 1_000_000) - (asked_at_ns + answered_at_ns) // 2
-
-
-@functools.lru_cache(maxsize=64)
-def rfc3339(ms: int) -> str:
-    """`2026-11-21T09:30:00.123Z`. Cached: all events of an append have the same time."""
-    return f"{_second(ms // 1000)}.{ms % 1000:03}Z"
-
-
-@functools.lru_cache(maxsize=16)
-def _second(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-
-
-@functools.lru_cache(maxsize=64)
-def from_rfc3339(text: str) -> int:
-    """The ms of a time that `rfc3339` wrote."""
-    return round(datetime.fromisoformat(text).timestamp() * 1000)
-
-
-def to_datetime(ms: int) -> datetime:
-    return datetime.fromtimestamp(ms / 1000, UTC)

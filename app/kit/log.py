@@ -8,7 +8,8 @@ import traceback
 
 import orjson
 
-from app.kit.clock import now_ms, rfc3339
+from app.kit.clock import now_ms
+from app.kit.rfc3339 import rfc3339
 
 
 class JsonFormatter(logging.Formatter):

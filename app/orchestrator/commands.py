@@ -29,8 +29,8 @@ from app.domain.state import RunState, apply
 from app.journal.errors import HeadDiverged, JournalClosed, KeyTaken, LeaseLost
 from app.journal.record import Append, Journal, RunHandle
 from app.kit import failpoints
-from app.kit.clock import rfc3339, to_datetime
 from app.kit.ids import created_ms, new_id, new_traceparent, span_id
+from app.kit.rfc3339 import rfc3339, to_datetime
 from app.orchestrator.plans import adopt_plan, plan_generated
 from app.orchestrator.run import DrivenRun, limits_of
 from app.orchestrator.runner import Runner

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from app.domain.decide import deadline_at
 from app.domain.errors import PlanRejected
 from app.domain.events import Event
-from app.kit.clock import now_ms, rfc3339
+from app.kit.clock import now_ms
+from app.kit.rfc3339 import rfc3339
 from app.llm.gateway import Gateway
 from app.orchestrator.ask import asker_of
 from app.orchestrator.run import PLANNING, DrivenRun, Planned, Said

@@ -15,7 +15,8 @@ from app.domain.events import Event, EventType
 from app.domain.plan import Plan, PlanCause
 from app.domain.plan_json import plan_as_dict
 from app.journal.record import Append
-from app.kit.clock import now_ms, rfc3339
+from app.kit.clock import now_ms
+from app.kit.rfc3339 import rfc3339
 from app.orchestrator.outcomes import run_failed
 from app.orchestrator.run import DrivenRun, Planned
 from app.planner.fallback import fallback_plan

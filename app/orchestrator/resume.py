@@ -13,11 +13,11 @@ from uuid import UUID
 import orjson
 
 from app.domain.envelope import Envelope
+from app.domain.event_json import decode_event
 from app.domain.plan import Plan
 from app.domain.plan_json import plan_from_dict
 from app.domain.snapshot import state_from_dict
 from app.domain.state import RunState, apply
-from app.journal.frames import decode_event
 from app.kit.ids import created_ms
 from app.store.events import EventReader
 

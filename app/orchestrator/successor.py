@@ -19,7 +19,7 @@ from app.domain.decide import unknown_outcome
 from app.domain.errors import Conflict
 from app.domain.events import Event, EventType, SkipReason, error_data
 from app.domain.signals import uncertain_nodes
-from app.kit.clock import rfc3339
+from app.kit.rfc3339 import rfc3339
 from app.orchestrator.plans import adopt_plan, plan_generated
 from app.orchestrator.resume import StoredRun, event_value
 from app.orchestrator.run import DrivenRun

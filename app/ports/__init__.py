@@ -25,7 +25,7 @@ from app.ports.calls import (
 )
 from app.ports.models import HotAnswers, Provider
 from app.ports.processes import Delta, DeltaRelay, Topic, WakeUps
-from app.ports.traces import RunTrace, TraceExporter
+from app.ports.traces import Exported, RunTrace, TraceExporter
 
 __all__ = [
     "BreakerStatus",
@@ -39,6 +39,7 @@ __all__ = [
     "DeltaRelay",
     "Embed",
     "Embedded",
+    "Exported",
     "HotAnswers",
     "NO_TOOLS",
     "Permit",

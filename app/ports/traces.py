@@ -6,34 +6,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from app.domain.events import Event
-
 
 @dataclass(frozen=True, slots=True)
 class RunTrace:
     """A run that came to rest, to be told as spans of the trace that it belongs to.
 
-    `traceparent` is the W3C context that the run was accepted with; a run that began its trace is
-    named in it itself. `events` are all up to now, by seq. What ended up to `told_seq` was told
-    when the run rested before.
+    `traceparent` is the W3C context that the run was accepted with. `bodies` are all its events up
+    to now as JSON, by seq.
     """
 
     run_id: str
     traceparent: str
-    events: Sequence[Event]
-    told_seq: int = 0
+    bodies: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What became of a batch: whether it arrived, as far as is known, and the seconds of CPU that
+    it took."""
+
+    arrived: bool
+    cpu_s: float
 
 
 class TraceExporter(Protocol):
-    """Sends traces away, best effort. Called by one thread at a time, never by that of the loop."""
+    """Sends traces away, best effort and off the loop. One export is under way at a time."""
 
-    def export(self, runs: Sequence[RunTrace]) -> bool:
-        """Build the spans and send them; may take its time. Whether they arrived, if it is known.
+    async def export(self, runs: Sequence[RunTrace]) -> Exported:
+        """Build the spans and send them; may take its time.
 
-        No input, output, prompt or text of an error leaves the process.
+        No input, output, prompt or text of an error leaves the service.
         """
         ...
 
-    def close(self) -> None:
-        """Stop, also an export under way in another thread. May take as long as one."""
+    async def aclose(self) -> None:
+        """Stop. An export that was cancelled is not waited for."""
         ...

@@ -14,10 +14,10 @@ from typing import Any
 
 import orjson
 
+from app.domain.event_json import decode_event
 from app.domain.plan_json import plan_from_dict
 from app.domain.snapshot import state_as_dict, state_from_dict
 from app.domain.state import RunState, apply
-from app.journal.frames import decode_event
 from app.kit.ids import created_ms, parse_id
 from tests.chaos.history import STATUS_OF_END, TERMINAL, RunRecord, digest
 

@@ -11,12 +11,12 @@ import orjson
 import pytest
 
 from app.domain.capability import Effect
+from app.domain.event_json import decode_event, encode_event
 from app.domain.events import Event, EventType
 from app.domain.plan import Plan
 from app.domain.plan_json import plan_as_dict
 from app.domain.snapshot import state_as_dict
 from app.domain.state import RunState, apply
-from app.journal.frames import decode_event, encode_body
 from tests.chaos.checker import Checker
 from tests.chaos.history import (
     BadAnswer,
@@ -76,7 +76,7 @@ def rows_of(written: list[Written]) -> list[EventRow]:
     rows = []
     for seq, (kind, node_id, attempt, data) in enumerate(written, 1):
         event = Event(kind, data, node_id=node_id, attempt=attempt, seq=seq, ts=START_MS + seq)
-        body = encode_body(event, RUN_ID, "0" * 32)
+        body = encode_event(event, RUN_ID, "0" * 32)
         rows.append(EventRow(seq, kind.value, node_id, attempt, body))
     return rows
 

@@ -19,10 +19,11 @@ import orjson
 import pytest
 import pytest_asyncio
 
+from app.domain.event_json import encode_event
 from app.domain.events import Event, EventType
 from app.domain.record_shapes import RECORDS, EventLine, RecordKind
 from app.journal import event_log, record_log
-from app.journal.frames import Frame, encode_body, frame_of
+from app.journal.frames import Frame, frame_of
 from app.journal.record_log import RecordLog, RecordsWanted
 from app.kit.ids import new_id
 from app.kit.log import JsonFormatter
@@ -368,7 +369,7 @@ def frames_of(run_id: UUID, *events: Event) -> list[Frame]:
     found = []
     for seq, event in enumerate(events, 1):
         event.seq, event.ts = seq, 1_764_000_000_000 + seq
-        body = encode_body(event, str(run_id), "a" * 32)
+        body = encode_event(event, str(run_id), "a" * 32)
         found.append(frame_of(seq, event.type, event.node_id, event.level, body))
     return found
 

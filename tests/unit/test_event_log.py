@@ -8,10 +8,11 @@ from typing import Any
 import orjson
 import pytest
 
+from app.domain.event_json import encode_event
 from app.domain.events import Event, EventType, Level
 from app.journal import event_log
 from app.journal.event_log import FIELDS, EventLog
-from app.journal.frames import Frame, encode_body, frame_of
+from app.journal.frames import Frame, frame_of
 from app.kit.ids import new_id
 from app.kit.log import JsonFormatter
 from app.kit.metrics import Metrics
@@ -28,7 +29,7 @@ def frames(run_id: str, *events: Event) -> list[Frame]:
     found = []
     for seq, event in enumerate(events, 1):
         event.seq, event.ts = seq, START_MS + seq
-        body = encode_body(event, run_id, "a" * 32)
+        body = encode_event(event, run_id, "a" * 32)
         found.append(frame_of(seq, event.type, event.node_id, event.level, body))
     return found
 

@@ -12,9 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sse_starlette import ServerSentEvent
 
+from app.domain.event_json import decode_event, encode_event
 from app.domain.events import TERMINAL_EVENTS, Event, EventType, Level
-from app.journal.frames import Frame, decode_event, encode_body, frame_of
-from app.kit.clock import from_rfc3339, rfc3339
+from app.journal.frames import Frame, frame_of
+from app.kit.rfc3339 import from_rfc3339, rfc3339
 from tests.plans import RUN_ID, START_MS, diamond, exact, story_of
 from tests.sse import parse
 
@@ -59,7 +60,7 @@ _modest = settings(deadline=None, max_examples=80)
 
 
 def _body(event: Event) -> bytes:
-    return encode_body(event, RUN_ID, TRACE_ID)
+    return encode_event(event, RUN_ID, TRACE_ID)
 
 
 def _frame(event: Event) -> Frame:

@@ -11,7 +11,7 @@ import pytest
 from app.cli.manifest import LIST_OF_STATUS, manifest
 from app.cli.picture import ENDED
 from app.domain.state import RunState
-from app.kit.clock import rfc3339
+from app.kit.rfc3339 import rfc3339
 from tests.plans import RUN_ID, START_MS
 from tests.simulator import Simulation, random_scenario
 

@@ -15,11 +15,10 @@ from pydantic import ValidationError
 
 from app.adapters.tracing import conventions
 from app.adapters.tracing.spans import Span, spans_of
+from app.domain.event_json import decode_event
 from app.domain.events import TERMINAL_EVENTS, Event, EventType
-from app.journal.frames import decode_event
 from app.journal.tracer import is_sampled
 from app.kit.ids import new_traceparent, span_id
-from app.ports import RunTrace
 from tests.conftest import make_settings
 from tests.simulator import Simulation, random_scenario
 
@@ -45,7 +44,7 @@ def journal_of(seed: int) -> list[Event]:
 def told(*events: Event, told_seq: int = 0) -> list[Span]:
     for seq, event in enumerate(events, 1):
         event.seq, event.ts = seq, 1_000 + seq
-    return spans_of(RunTrace(RUN, TRACEPARENT, events, told_seq))
+    return spans_of(RUN, TRACEPARENT, events, told_seq)
 
 
 def started(node_id: str, attempt: int = 1) -> Event:
@@ -61,7 +60,7 @@ def model(event_type: EventType, call: int, **more: Any) -> Event:
 @given(st.integers(0, 100_000))
 def test_every_attempt_of_any_run_is_one_span_that_ends(seed: int) -> None:
     events = journal_of(seed)
-    spans = spans_of(RunTrace(RUN, TRACEPARENT, events))
+    spans = spans_of(RUN, TRACEPARENT, events)
     ids = {span.span_id for span in spans}
     assert len(ids) == len(spans)
     has_ended = events[-1].type in TERMINAL_EVENTS
@@ -79,9 +78,9 @@ def test_every_attempt_of_any_run_is_one_span_that_ends(seed: int) -> None:
 def test_what_is_told_in_two_parts_is_what_is_told_at_once(seed: int, data: st.DataObject) -> None:
     events = journal_of(seed)
     cut = data.draw(st.integers(1, len(events)))
-    first = spans_of(RunTrace(RUN, TRACEPARENT, events[:cut]))
-    second = spans_of(RunTrace(RUN, TRACEPARENT, events, told_seq=cut))
-    whole = spans_of(RunTrace(RUN, TRACEPARENT, events))
+    first = spans_of(RUN, TRACEPARENT, events[:cut])
+    second = spans_of(RUN, TRACEPARENT, events, told_seq=cut)
+    whole = spans_of(RUN, TRACEPARENT, events)
     assert [span.span_id for span in (*first, *second)] == [span.span_id for span in whole]
 
 

@@ -13,6 +13,7 @@ from app.journal.tracer import CORE_IN_USE, REST_S, Pace
 
 SHARE = 0.01
 BATCH_S = 0.015
+LONG_S = 30.0
 
 
 @dataclass
@@ -29,12 +30,7 @@ class Clock:
     def process_time(self) -> float:
         return self.cpu_s
 
-    def work(self, seconds: float) -> None:
-        """The exporter has the core to itself."""
-        self.wall_s += seconds
-        self.cpu_s += seconds
-
-    def rest(self, seconds: float) -> None:
+    def pass_by(self, seconds: float) -> None:
         self.wall_s += seconds
         self.cpu_s += seconds * self.busy
 
@@ -46,37 +42,63 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def share_taken(clock: Clock, batches: int, batch_s: float = BATCH_S) -> float:
+def share_taken(pace: Pace, clock: Clock, batch_s: float = BATCH_S) -> float:
     """The share of a core that an exporter takes which always has something to tell."""
-    pace, began_s = Pace(SHARE), clock.wall_s
-    for _ in range(batches):
-        clock.work(batch_s)
+    began_s, worked_s = clock.wall_s, 0.0
+    while clock.wall_s - began_s < LONG_S:
+        clock.pass_by(batch_s)
         pace.worked(batch_s)
+        worked_s += batch_s
         while rest_s := pace.rest_s():
             assert 0 < rest_s <= REST_S
-            clock.rest(rest_s)
-    return batches * batch_s / (clock.wall_s - began_s)
+            clock.pass_by(rest_s)
+    return worked_s / (clock.wall_s - began_s)
 
 
-def test_a_service_without_work_leaves_what_is_not_in_use(clock: Clock) -> None:
-    assert share_taken(clock, 50) == pytest.approx(CORE_IN_USE, rel=0.02)
+@pytest.mark.parametrize("busy", [0.0, 0.3, 0.7])
+def test_a_service_with_time_to_spare_leaves_what_it_does_not_use(
+    clock: Clock, busy: float
+) -> None:
+    clock.busy = busy
+    assert share_taken(Pace(SHARE), clock) == pytest.approx(CORE_IN_USE - busy, rel=0.02)
 
 
-@pytest.mark.parametrize("busy", [0.7, 0.9, 1.0, 1.7])
+@pytest.mark.parametrize("busy", [0.75, 1.0, 1.7])
 def test_a_busy_one_leaves_the_share_that_is_set(clock: Clock, busy: float) -> None:
     clock.busy = busy
-    assert share_taken(clock, 50) == pytest.approx(SHARE, rel=0.02)
+    assert share_taken(Pace(SHARE), clock) == pytest.approx(SHARE, rel=0.02)
 
 
-@given(busy=st.floats(0, 2), batch_s=st.floats(0.002, 1))
+@given(busy=st.floats(0, 2), batch_s=st.floats(0.001, 1))
 def test_never_more_than_what_is_not_in_use_nor_less_than_the_share(
     busy: float, batch_s: float
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock(busy)
         patch.setattr(module, "time", clock)
-        share = share_taken(clock, 5, batch_s)
+        share = share_taken(Pace(SHARE), clock, batch_s)
     assert SHARE * 0.99 <= share <= CORE_IN_USE * 1.01
+
+
+def test_moments_without_work_do_not_make_a_service_idle(clock: Clock) -> None:
+    pace, worked_s = Pace(SHARE), 0.0
+    while clock.wall_s < LONG_S:
+        clock.busy = 1.0 if clock.busy == 0.6 else 0.6  # 0.8 in all
+        clock.pass_by(BATCH_S)
+        pace.worked(BATCH_S)
+        worked_s += BATCH_S
+        while rest_s := pace.rest_s():
+            for _ in range(10):
+                clock.busy = 1.0 if clock.busy == 0.6 else 0.6
+                clock.pass_by(rest_s / 10)
+    assert worked_s / clock.wall_s == pytest.approx(SHARE, rel=0.1)
+
+
+def test_load_is_seen_also_when_no_batch_was_followed_by_a_rest(clock: Clock) -> None:
+    pace = Pace(SHARE)
+    assert share_taken(pace, clock) == pytest.approx(CORE_IN_USE, rel=0.02)
+    clock.busy = 1.0
+    assert share_taken(pace, clock) == pytest.approx(SHARE, rel=0.02)
 
 
 def test_a_rest_ends_soon_after_the_load_does(clock: Clock) -> None:
@@ -85,10 +107,10 @@ def test_a_rest_ends_soon_after_the_load_does(clock: Clock) -> None:
     pace.worked(1.0)  # at this share worth a hundred seconds
     for _ in range(4):
         assert pace.rest_s() == REST_S
-        clock.rest(REST_S)
+        clock.pass_by(REST_S)
     clock.busy, quiet_s = 0.0, 0.0
     while rest_s := pace.rest_s():
-        clock.rest(rest_s)
+        clock.pass_by(rest_s)
         quiet_s += rest_s
     assert quiet_s < 1.0 / CORE_IN_USE + REST_S
 

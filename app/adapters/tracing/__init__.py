@@ -1,10 +1,14 @@
-"""Exporters of traces, made of a run's events (`spans.py`); their SDKs are loaded on demand."""
+"""Exporters of traces, made of a run's events (`spans.py`), each in a process of its own."""
 
 from __future__ import annotations
 
 from pydantic import SecretStr
 
+from app.adapters.tracing.process import ExporterProcess
 from app.ports import TraceExporter
+
+OTLP = "app.adapters.tracing.otlp:OtlpExporter"
+LANGFUSE = "app.adapters.tracing.langfuse:LangfuseExporter"
 
 
 def open_exporters(
@@ -22,16 +26,15 @@ def open_exporters(
     if endpoint is not None and traces_endpoint is None:
         traces_endpoint = f"{endpoint.rstrip('/')}/v1/traces"  # as the OTLP specification says
     if traces_endpoint is not None:
-        from app.adapters.tracing.otlp import OtlpExporter  # noqa: PLC0415 - only where configured
-
-        exporters.append(OtlpExporter(traces_endpoint, service_name))
+        arguments = {"endpoint": traces_endpoint, "service_name": service_name}
+        exporters.append(ExporterProcess(OTLP, arguments))
     base_url, public_key, secret_key = langfuse
     if public_key is not None and secret_key is not None:
-        from app.adapters.tracing.langfuse import (  # noqa: PLC0415 - 40 MB, only where configured
-            LangfuseExporter,
-        )
-
-        exporters.append(
-            LangfuseExporter(base_url, public_key, secret_key.get_secret_value(), service_name)
-        )
+        arguments = {
+            "base_url": base_url,
+            "public_key": public_key,
+            "secret_key": secret_key.get_secret_value(),
+            "service_name": service_name,
+        }
+        exporters.append(ExporterProcess(LANGFUSE, arguments))
     return exporters

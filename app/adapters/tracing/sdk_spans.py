@@ -1,4 +1,4 @@
-"""Spans as the OpenTelemetry SDK exports them. Loads the SDK: import it where one is configured.
+"""Spans as the OpenTelemetry SDK exports them. Loads the SDK, so only exporters import it.
 
 A finished span with an id and times of its own is a `ReadableSpan`; going through a tracer would
 cost five times as much, only to be given other ids.
@@ -15,6 +15,8 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 
 from app.adapters.tracing import conventions as name
 from app.adapters.tracing.spans import Attributes, Span, spans_of
+from app.domain.event_json import decode_event
+from app.domain.events import rested_before
 from app.ports import RunTrace
 from app.version import VERSION
 
@@ -52,7 +54,8 @@ def readable(
     found: list[ReadableSpan] = []
     for run in runs:
         trace_id = int(run.traceparent.split("-")[1], 16)
-        for span in spans_of(run):
+        events = [decode_event(body) for body in run.bodies]
+        for span in spans_of(run.run_id, run.traceparent, events, rested_before(events)):
             found.append(_readable(span, trace_id, resource, attributes_of(span)))
     return found
 

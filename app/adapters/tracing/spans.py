@@ -14,13 +14,12 @@ objective and the text of errors are not read here, so they can not get out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from app.adapters.tracing import conventions as name
 from app.domain.events import TERMINAL_EVENTS, Event, EventType
 from app.kit.ids import span_id
-from app.ports import RunTrace
 
 UNFINISHED = "unfinished"
 """`error.type` of what was under way when its run ended: nobody knows how it would have gone."""
@@ -43,29 +42,36 @@ class Span:
     error: str = ""
 
 
-def spans_of(run: RunTrace) -> list[Span]:
-    """The spans that ended since the run rested before; the run's own one when it has ended."""
-    return _Reading(run).spans
+def spans_of(
+    run_id: str, traceparent: str, events: Sequence[Event], told_seq: int = 0
+) -> list[Span]:
+    """The spans that ended after `told_seq`; the run's own one when it has ended.
+
+    `traceparent` is the W3C context that the run was accepted with; a run that began its trace is
+    named in it itself. `events` are all up to now, by seq.
+    """
+    return _Reading(run_id, traceparent, events, told_seq).spans
 
 
 class _Reading:
     """A fold over the events of one run."""
 
-    def __init__(self, run: RunTrace) -> None:
+    def __init__(
+        self, run_id: str, traceparent: str, events: Sequence[Event], told_seq: int
+    ) -> None:
         self.spans: list[Span] = []
-        self._told_seq = run.told_seq
-        self._run_id = run.run_id
+        self._told_seq = told_seq
+        self._run_id = run_id
         self._nodes: dict[str, Span] = {}
         self._chats: dict[tuple[str, int], Span] = {}
-        self._root = self._root_of(run)
-        for event in run.events:
+        self._root = self._root_of(traceparent, events[0].ts if events else 0)
+        for event in events:
             if isinstance(event.type, EventType) and (read := _READ.get(event.type)) is not None:
                 read(self, event)
 
-    def _root_of(self, run: RunTrace) -> Span:
-        own, caller = span_id(run.run_id), run.traceparent.split("-")[2]
-        start_ms = run.events[0].ts if run.events else 0
-        attributes: Attributes = {name.RUN_ID: run.run_id}
+    def _root_of(self, traceparent: str, start_ms: int) -> Span:
+        own, caller = span_id(self._run_id), traceparent.split("-")[2]
+        attributes: Attributes = {name.RUN_ID: self._run_id}
         return self._span(
             name.INVOKE_WORKFLOW, "", own, None if caller == own else caller, start_ms, attributes
         )
