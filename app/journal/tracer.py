@@ -25,15 +25,14 @@ from app.store.events import EventReader
 log = logging.getLogger("flexrun.tracer")
 
 EVERY_S = 1.0
-RUNS_AT_ONCE = 100
+RUNS_AT_ONCE = 32
 LEAVING_S = 2.0
 """How long a process that leaves waits for its last traces."""
 CORE_IN_USE = 0.75
 """How much of a core a service and an exporter may use before the service counts as busy."""
-REST_S = 0.25
-"""How long a rest lasts before it is asked again whether the service is still busy."""
-SEEN_S = 0.1
-"""A shorter time does not show it: every loop has idle moments. Nor is it a rest."""
+LOOK_S = 0.1
+"""How long is looked at how busy the service is, and how long a rest lasts until the next look. A
+shorter time shows nothing, as every loop has idle moments, and is no rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,8 @@ class Pace:
     """How long an exporter rests after a batch.
 
     What the service leaves of `CORE_IN_USE`, an exporter takes as it needs it, so that a service
-    with time to spare traces every run; from a busy one it takes `cpu_share` and no more.
+    with time to spare traces every run; from a busy one it takes `cpu_share` and no more. Until it
+    was looked at, a service counts as busy.
     """
 
     def __init__(self, cpu_share: float) -> None:
@@ -70,12 +70,12 @@ class Pace:
         self._paid_at = now
         self._look(now)
         rest_s = self._owed_s / self._share
-        return min(rest_s, REST_S) if rest_s >= SEEN_S else 0.0  # what is less stays owed
+        return LOOK_S if rest_s >= LOOK_S else 0.0  # what is less stays owed
 
     def _look(self, now: float) -> None:
         """How busy was the service since the last look?"""
         since, cpu_s = self._seen_at
-        if now - since >= SEEN_S:
+        if now - since >= LOOK_S:
             self._seen_at = now, time.process_time()
             busy = (self._seen_at[1] - cpu_s) / (now - since)
             self._share = max(self._cpu_share, CORE_IN_USE - busy)
@@ -114,9 +114,10 @@ class Tracer:
     # --- off the path -----------------------------------------------------------------------------
 
     async def _export_for_ever(self) -> None:
-        is_last, pace = False, Pace(self._limits.cpu_share)
+        is_last = False
         while not is_last:
             is_last = await wait_at_most(self._closing, EVERY_S)
+            pace = Pace(self._limits.cpu_share)
             while runs := self.runs.take(RUNS_AT_ONCE):
                 pace.worked(await self._export_and_count(runs))
                 while (rest_s := pace.rest_s()) and not self._closing.is_set():

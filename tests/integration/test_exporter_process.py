@@ -140,7 +140,9 @@ async def test_it_takes_what_is_left_of_a_core_and_says_how_much() -> None:
         exported = await exporter.export([told("take")])
         assert exported.arrived
         assert exported.cpu_s >= 0
-        assert child_of(os.getpid()).nice() == NICENESS
+        child = child_of(os.getpid())
+        assert child.nice() == NICENESS
+        assert child.cmdline()[-1] == f"{__name__}:{Scripted.__name__}"
         assert not (await exporter.export([told("refuse")])).arrived
 
 
@@ -162,7 +164,9 @@ async def test_one_that_died_is_started_again_but_not_at_once(
 ) -> None:
     async with scripted() as exporter:
         assert await exporter.export([told("die")]) == FAILED
-        assert caplog.messages == [f"{__name__}:Scripted ended with 3"]
+        assert caplog.messages == [
+            f"{__name__}:Scripted ended with 3; the next runs start it again"
+        ]
         assert await exporter.export([told("take")]) == FAILED
         assert psutil.Process().children() == []
         monkeypatch.setattr(module, "AGAIN_S", 0.0)

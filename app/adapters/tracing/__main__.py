@@ -1,4 +1,4 @@
-"""The process of an exporter: `python -m app.adapters.tracing`, which `process.py` starts.
+"""The process of an exporter: `python -m app.adapters.tracing <exporter>`, started by `process.py`.
 
 It takes what a core has to spare, and ends when its stdin does: with the service, however that
 ended.
@@ -37,7 +37,8 @@ class Exporter(Protocol):
 
 
 def main() -> None:
-    """Serve one service: the first line of stdin says with which exporter."""
+    """Serve one service. The first line of stdin has the arguments of the exporter."""
+    [_, name] = sys.argv
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the service, which closes our stdin
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
@@ -45,9 +46,9 @@ def main() -> None:
     start = orjson.loads(sys.stdin.buffer.readline())
     configure(start["log_level"])
     try:
-        exporter: Exporter = pkgutil.resolve_name(start["exporter"])(**start["arguments"])
+        exporter: Exporter = pkgutil.resolve_name(name)(**start["arguments"])
     except Exception:
-        log.exception("%s can not be used as it is configured", start["exporter"])
+        log.exception("%s can not be used as it is configured", name)
         sys.exit(1)
     serve(exporter, sys.stdin.buffer, answers)
 

@@ -53,7 +53,8 @@ class ExporterProcess:
         self._is_exporting = False
         if not answer:
             self._child = None
-            log.error("%s ended with %d", self._exporter, await child.wait())
+            code = await child.wait()
+            log.error("%s ended with %d; the next runs start it again", self._exporter, code)
             return FAILED
         return Exported(**orjson.loads(answer))
 
@@ -61,12 +62,11 @@ class ExporterProcess:
         if self._child is None and time.monotonic() - self._started_at >= AGAIN_S:
             self._started_at = time.monotonic()
             # -P: a folder `app` where the service was started is none of ours.
-            arguments = (sys.executable, "-P", "-m", __package__)
-            self._child = await asyncio.create_subprocess_exec(*arguments, stdin=PIPE, stdout=PIPE)
+            command = (sys.executable, "-P", "-m", __package__, self._exporter)
+            self._child = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
             assert self._child.stdin is not None
             start = {
-                "exporter": self._exporter,
-                "arguments": self._arguments,
+                "arguments": self._arguments,  # not for the list of processes: there are keys
                 "log_level": logging.getLevelName(log.getEffectiveLevel()),
             }
             self._child.stdin.write(orjson.dumps(start, option=orjson.OPT_APPEND_NEWLINE))
