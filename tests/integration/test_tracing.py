@@ -343,6 +343,7 @@ async def test_a_run_that_was_taken_over_is_one_trace_of_the_process_that_ended_
         own = {"otel_exporter_otlp_traces_endpoint": f"{sinks[1].url}/spans"}
         async with running_service(make_settings(**{**otlp(sinks[0]), **own}), dsn) as second:
             await second.events(run["run_id"])
+            await _told(sinks[1], await trace_of(second, run["run_id"]))
         assert sinks[0].exchanges == []
         assert {exchange.target for exchange in sinks[1].exchanges} == {"/spans"}
         spans = sinks[1].spans()

@@ -41,7 +41,6 @@ def main() -> None:
     [_, name] = sys.argv
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the service, which closes our stdin
         signal.signal(number, signal.SIG_IGN)
-    os.nice(NICENESS)
     answers = _own_stdout()
     start = orjson.loads(sys.stdin.buffer.readline())
     configure(start["log_level"])
@@ -50,6 +49,7 @@ def main() -> None:
     except Exception:
         log.exception("%s can not be used as it is configured", name)
         sys.exit(1)
+    os.nice(NICENESS)  # from here on: to get ready takes a second of CPU, and only once
     serve(exporter, sys.stdin.buffer, answers)
 
 
