@@ -124,7 +124,8 @@ class Tracer:
                     await wait_at_most(self._closing, rest_s)
 
     async def _export_and_count(self, runs: list[RestedRun]) -> float:
-        """Seconds of CPU that it took. Whatever goes wrong, the next runs are traced."""
+        """Seconds of CPU that it took. Whatever goes wrong, the next runs are traced; an export that
+        is cut off when the service leaves has failed, too."""
         outcome, worked_s = "failed", 0.0
         sampled: list[tuple[RestedRun, str]] = [(run, "") for run in runs]
         try:
@@ -140,9 +141,10 @@ class Tracer:
             log.warning("%d runs are not traced: %s", len(sampled), error.code)
         except Exception:
             log.exception("%d runs are not traced", len(sampled))
-        self._counted["unsampled"] += len(runs) - len(sampled)
-        self._counted[outcome] += len(sampled)
-        self.runs.done(runs)
+        finally:
+            self._counted["unsampled"] += len(runs) - len(sampled)
+            self._counted[outcome] += len(sampled)
+            self.runs.done(runs)
         return worked_s
 
     async def _trace_of(self, run: RestedRun, traceparent: str) -> RunTrace:

@@ -158,3 +158,4 @@ async def test_an_exporter_that_hangs_is_left_behind(
         await tracer.aclose()
     assert exporter.runs == []
     assert exporter.is_closed
+    assert metrics.traced_runs["failed"] == 1
