@@ -3,9 +3,10 @@
 All services stand on one Postgres, each with a database of its own, and take the load in turn, a
 second or so each, again and again. A machine is slow for seconds at a time, so each turn with
 tracing has one without beside it, before or behind, and what counts is the median of such pairs. Of
-two processes of one kind one may be faster for good, so every round starts new ones. A turn ends when its service is quiet again, so that what an exporter has left to tell costs nobody
-else. The receiver takes everything and reads nothing, so that it costs as little of this machine
-as a distant one.
+two processes of one kind one may be faster for good, so every round starts new ones. A turn ends
+when its service is quiet again, so that what an exporter has left to tell costs nobody else. The
+receiver takes everything and reads nothing, so that it costs as little of this machine as a distant
+one.
 """
 
 from __future__ import annotations

@@ -124,8 +124,10 @@ class Tracer:
                     await wait_at_most(self._closing, rest_s)
 
     async def _export_and_count(self, runs: list[RestedRun]) -> float:
-        """Seconds of CPU that it took. Whatever goes wrong, the next runs are traced; an export that
-        is cut off when the service leaves has failed, too."""
+        """Seconds of CPU that it took. Whatever goes wrong, the next runs are traced.
+
+        An export that is cut off when the service leaves has failed, too.
+        """
         outcome, worked_s = "failed", 0.0
         sampled: list[tuple[RestedRun, str]] = [(run, "") for run in runs]
         try:
