@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -31,19 +32,42 @@ def durable_postgres(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield server
 
 
+class WatchedWorker(Worker):
+    """A worker that tells when it is between two turns."""
+
+    def __init__(self, services: Services) -> None:
+        super().__init__(services)
+        self.services = services
+        self.idle = asyncio.Event()
+
+    async def _pause(self) -> None:
+        self.idle.set()
+        try:
+            await super()._pause()
+        finally:
+            self.idle.clear()
+
+
 @pytest.fixture
-async def services(durable_postgres: Any) -> AsyncIterator[Services]:
+async def worker(durable_postgres: Any) -> AsyncIterator[WatchedWorker]:
     await migrate(durable_postgres.dsn)
     async with open_services(make_settings(sweep_s=3600.0), durable_postgres.dsn) as services:
-        worker = Worker(services)
+        worker = WatchedWorker(services)
         await worker.start()
-        yield services
+        yield worker
         await worker.drain(1.0)
 
 
-async def run_to_end(services: Services, envelope: dict[str, Any], *, hand_off: bool) -> str:
-    """Submit and wait; with `hand_off` there is no room until the run is queued."""
+async def run_to_end(worker: WatchedWorker, envelope: dict[str, Any], *, hand_off: bool) -> str:
+    """Submit and wait; with `hand_off` there is no room until the run is queued.
+
+    A claim that is under way does not know yet that the run is handed off, and may take it: that
+    is one commit more.
+    """
+    services = worker.services
     model = Envelope.model_validate(envelope)
+    while not worker.idle.is_set():
+        await worker.idle.wait()
     services.runner.accepting = not hand_off
     submission = services.commands.submit_run(
         "default", model, orjson.dumps(envelope).decode(), services.registry.image("default")
@@ -90,27 +114,28 @@ CASES = [
 
 @pytest.mark.parametrize(("envelope", "hand_off", "expected"), CASES)
 async def test_commits_by_the_writers_count(
-    services: Services, envelope: dict[str, Any], hand_off: bool, expected: int
+    worker: WatchedWorker, envelope: dict[str, Any], hand_off: bool, expected: int
 ) -> None:
-    await run_to_end(services, diamond(), hand_off=False)
-    before = services.journal.commits
-    assert await run_to_end(services, envelope, hand_off=hand_off) == "RUN_DONE"
-    assert services.journal.commits - before == expected
+    journal = worker.services.journal
+    await run_to_end(worker, diamond(), hand_off=False)
+    before = journal.commits
+    assert await run_to_end(worker, envelope, hand_off=hand_off) == "RUN_DONE"
+    assert journal.commits - before == expected
 
 
 @pytest.mark.parametrize(("envelope", "hand_off", "expected"), CASES)
 async def test_commits_by_the_servers_count(
-    services: Services,
+    worker: WatchedWorker,
     durable_postgres: Any,
     envelope: dict[str, Any],
     hand_off: bool,
     expected: int,
 ) -> None:
     runs = 3
-    await run_to_end(services, diamond(), hand_off=False)
-    before = await settled_flushes(services, durable_postgres.dsn)
+    await run_to_end(worker, diamond(), hand_off=False)
+    before = await settled_flushes(worker.services, durable_postgres.dsn)
     for _ in range(runs):
-        await run_to_end(services, envelope, hand_off=hand_off)
-    counted = await settled_flushes(services, durable_postgres.dsn) - before
+        await run_to_end(worker, envelope, hand_off=hand_off)
+    counted = await settled_flushes(worker.services, durable_postgres.dsn) - before
     # Lease renewals do not wait for the disk. A full WAL buffer or segment may flush on its own.
     assert runs * expected <= counted <= runs * expected + 2
