@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -132,6 +132,32 @@ async def at_once(
     finally:
         for connection in connections:
             connection.close()
+
+
+@dataclass(slots=True)
+class Load:
+    """How many runs of a lasting load have ended so far."""
+
+    ended: int = 0
+
+
+@asynccontextmanager
+async def load(port: int, sent: bytes, clients: int) -> AsyncIterator[Load]:
+    """So many connections that send one run after the other for the time of the block."""
+    found = Load()
+
+    async def work(connection: Connection) -> None:
+        while True:
+            await connection.stream(sent)
+            found.ended += 1
+
+    async with AsyncExitStack() as stack:
+        group = await stack.enter_async_context(asyncio.TaskGroup())
+        opened = [await stack.enter_async_context(connected(port)) for _ in range(clients)]
+        tasks = [group.create_task(work(connection)) for connection in opened]
+        yield found
+        for task in tasks:
+            task.cancel()
 
 
 class Sink(asyncio.Protocol):

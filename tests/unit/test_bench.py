@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from uuid import UUID
 
@@ -11,7 +12,17 @@ from app.domain.envelope import Envelope
 from app.kit.ids import created_ms, new_id, run_day
 from app.kit.json_gate import parse_json
 from bench import against_peer, envelopes, growth, run, servers
-from bench.stats import Book, Goal, Ratio, figures_table, percentile, shown, spread, table
+from bench.stats import (
+    Book,
+    Goal,
+    Ratio,
+    figures_table,
+    median_interval,
+    percentile,
+    shown,
+    spread,
+    table,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +39,22 @@ def test_a_single_value_is_every_percentile() -> None:
 def test_no_values_have_no_percentile() -> None:
     with pytest.raises(ValueError, match="no values"):
         percentile([], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    # From the table of the sign test: a two-sided level of 0.05 at most.
+    [(1, (1, 1)), (5, (1, 5)), (6, (1, 6)), (9, (2, 8)), (20, (6, 15)), (100, (40, 61))],
+)
+def test_a_median_lies_between_two_values(count: int, expected: tuple[int, int]) -> None:
+    values = [float(value) for value in range(1, count + 1)]
+    random.Random(count).shuffle(values)
+    assert median_interval(values) == expected
+
+
+def test_no_values_have_no_median() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        median_interval([])
 
 
 @pytest.mark.parametrize(
