@@ -6,11 +6,13 @@ can never hold the journal up.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
 import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 from sqlalchemy import URL, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as NoFreeConnection
@@ -57,6 +59,11 @@ REFUSED = (asyncpg.PostgresError,)
 HotConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 """A connection that its owner keeps: a journal writer's, a worker's lock session."""
 
+PooledConnection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
+RELAXED_MAX = 4
+RELAXED_S = 2.0
+"""How long a statement waits for one of these connections, and `close` for all of them."""
+
 
 async def connect(dsn: str) -> HotConnection:
     """A connection for one owner, with the time limits of every session of ours."""
@@ -68,7 +75,9 @@ async def connect(dsn: str) -> HotConnection:
 class Database:
     """The engine of this process, for all statements that are not hot."""
 
-    def __init__(self, dsn: str, engine: AsyncEngine, relaxed: AsyncEngine) -> None:
+    def __init__(
+        self, dsn: str, engine: AsyncEngine, relaxed: asyncpg.Pool[asyncpg.Record]
+    ) -> None:
         self.dsn = dsn
         self.engine = engine
         self._writes = engine.execution_options(isolation_level="READ COMMITTED")
@@ -101,24 +110,22 @@ class Database:
                 "command_timeout": 10,
             },
         )
-        relaxed = create_async_engine(
-            sqlalchemy_url(dsn),
-            pool_size=2,
-            max_overflow=2,
-            pool_timeout=2,
-            isolation_level="AUTOCOMMIT",
-            hide_parameters=True,
-            connect_args={
-                "server_settings": {**SESSION_SETTINGS, "synchronous_commit": "off"},
-                "timeout": 5,
-                "command_timeout": 10,
-            },
+        relaxed = await asyncpg.create_pool(
+            asyncpg_dsn(dsn),
+            min_size=0,
+            max_size=RELAXED_MAX,
+            reset=_nothing_to_reset,
+            server_settings={**SESSION_SETTINGS, "synchronous_commit": "off"},
+            timeout=5,
+            command_timeout=10,
         )
         return cls(dsn, engine, relaxed)
 
     async def close(self) -> None:
         await self.engine.dispose()
-        await self._relaxed.dispose()
+        with suppress(TimeoutError):  # a line that is dead; what it had is ended all the same
+            async with asyncio.timeout(RELAXED_S):
+                await self._relaxed.close()
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
@@ -134,12 +141,23 @@ class Database:
             yield connection
 
     @asynccontextmanager
-    async def relaxed(self) -> AsyncIterator[AsyncConnection]:
+    async def relaxed(self) -> AsyncIterator[PooledConnection]:
         """A connection whose statements commit one by one, and wait for no disk: one round trip
         each, and a crash of the server may take the last ones back. Only for what can be had anew.
+
+        By the driver alone: every call of a model waits for one of these, and through SQLAlchemy it
+        takes twice as long.
         """
-        async with _translated(), self._relaxed.connect() as connection:
-            yield connection
+        async with _translated(), self._relaxed.acquire(timeout=RELAXED_S) as connection:
+            try:
+                yield connection
+            except (asyncio.CancelledError, *BROKEN):
+                connection.terminate()  # cut off: whose answer comes next is not known
+                raise
+
+
+async def _nothing_to_reset(_connection: PooledConnection) -> None:
+    """Our statements leave nothing behind in a session, so that none is sent to clean it up."""
 
 
 @asynccontextmanager

@@ -9,25 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
 import orjson
-from sqlalchemy import (
-    ColumnElement,
-    and_,
-    delete,
-    func,
-    select,
-    text,
-    tuple_,
-    update,
-)
 
 from app.domain.chat import ChatAnswer, StopReason, ToolCall, Usage
 from app.store.database import Database
-from app.store.tables import llm_answers
 
 BODY_FORMAT = 1
 BODY_BYTES_MAX = 1_048_576
@@ -35,22 +23,17 @@ KEPT_STOPS = (StopReason.END, StopReason.TOOLS)
 """An answer that was cut off or refused is none to give again: the next call may do better."""
 DELETED_AT_ONCE = 1_000
 
-_c = llm_answers.c
-_KEY = (_c.tenant_id, _c.cache_key)
-
-# As text: every call of a model waits for it, and built up anew it takes longer than to run.
-_LOOK_OR_CLAIM = text(
-    """
+_LOOK_OR_CLAIM = """
     with found as (
         select body, last_used_day < current_date as was_used_before,
             lease_until < clock_timestamp() as lease_over
         from llm_answers
-        where tenant_id = cast(:tenant_id as text) and cache_key = cast(:cache_key as text)
+        where tenant_id = $1 and cache_key = $2
     ), ours as (
         insert into llm_answers
             (tenant_id, cache_key, owner, lease_until, created_at, last_used_day)
-        select cast(:tenant_id as text), cast(:cache_key as text), cast(:owner as text),
-            clock_timestamp() + make_interval(secs => :lease_s), clock_timestamp(), current_date
+        select $1, $2, $3,
+            clock_timestamp() + make_interval(secs => $4), clock_timestamp(), current_date
         where not exists (select from found where body is not null or not lease_over)
         on conflict (tenant_id, cache_key) do update
         set owner = excluded.owner, lease_until = excluded.lease_until,
@@ -61,8 +44,34 @@ _LOOK_OR_CLAIM = text(
     select true as is_ours, null as body, null as was_used_before from ours
     union all
     select false, body, was_used_before from found
-    """
-)
+"""
+_FORGET_UNREADABLE = "delete from llm_answers where tenant_id = $1 and cache_key = $2 and body = $3"
+_NOTE_USE = """
+    update llm_answers set last_used_day = current_date where tenant_id = $1 and cache_key = $2
+"""
+_RENEW = """
+    update llm_answers set lease_until = clock_timestamp() + make_interval(secs => $4)
+    from unnest($1::text[], $2::text[], $3::text[]) as held (tenant_id, cache_key, owner)
+    where llm_answers.tenant_id = held.tenant_id and llm_answers.cache_key = held.cache_key
+        and llm_answers.owner = held.owner
+"""
+_STORE = """
+    update llm_answers set body = $4, owner = null, lease_until = null,
+        created_at = clock_timestamp(), last_used_day = current_date
+    where tenant_id = $1 and cache_key = $2 and owner = $3
+    returning true
+"""
+_GIVE_BACK = "delete from llm_answers where tenant_id = $1 and cache_key = $2 and owner = $3"
+_FORGET_OLD = """
+    with gone as (
+        delete from llm_answers where (tenant_id, cache_key) in (
+            select tenant_id, cache_key from llm_answers
+            where last_used_day < current_date - $1::int limit $2
+        )
+        returning true
+    )
+    select count(*) from gone
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,68 +95,43 @@ async def look_or_claim(database: Database, lease: Lease, lease_s: float) -> Cha
 
     An answer counts as used; one that can not be read is deleted, and whoever asks next may claim.
     """
-    row_of = _at(lease.tenant_id, lease.cache_key)
+    place = lease.tenant_id, lease.cache_key
     async with database.relaxed() as connection:
-        found = await connection.execute(
-            _LOOK_OR_CLAIM,
-            {
-                "tenant_id": lease.tenant_id,
-                "cache_key": lease.cache_key,
-                "owner": lease.owner,
-                "lease_s": lease_s,
-            },
-        )
-        rows = found.all()
-    if any(row.is_ours for row in rows):
-        return Vacancy.OURS
-    if not rows or rows[0].body is None:
-        return Vacancy.TAKEN
-    answer = answer_from_json(rows[0].body)
-    if answer is None:
-        async with database.relaxed() as connection:
-            await connection.execute(delete(llm_answers).where(row_of, _c.body == rows[0].body))
-        return Vacancy.TAKEN
-    if rows[0].was_used_before:  # at most one write a day, however often it is used
-        async with database.relaxed() as connection:
-            await connection.execute(
-                update(llm_answers).where(row_of).values(last_used_day=func.current_date())
-            )
+        rows = await connection.fetch(_LOOK_OR_CLAIM, *place, lease.owner, lease_s)
+        if any(row["is_ours"] for row in rows):
+            return Vacancy.OURS
+        if not rows or rows[0]["body"] is None:
+            return Vacancy.TAKEN
+        answer = answer_from_json(rows[0]["body"])
+        if answer is None:
+            await connection.execute(_FORGET_UNREADABLE, *place, rows[0]["body"])
+            return Vacancy.TAKEN
+        if rows[0]["was_used_before"]:  # at most one write a day, however often it is used
+            await connection.execute(_NOTE_USE, *place)
     return answer
 
 
 async def renew(database: Database, leases: Collection[Lease], lease_s: float) -> None:
     """Let these leases run on. One that somebody else took over meanwhile stays theirs."""
-    held = [(lease.tenant_id, lease.cache_key, lease.owner) for lease in leases]
+    held = [
+        [lease.tenant_id for lease in leases],
+        [lease.cache_key for lease in leases],
+        [lease.owner for lease in leases],
+    ]
     async with database.relaxed() as connection:
-        await connection.execute(
-            update(llm_answers)
-            .where(tuple_(*_KEY, _c.owner).in_(held))
-            .values(lease_until=_from_now(lease_s))
-        )
+        await connection.execute(_RENEW, *held, lease_s)
 
 
 async def store_answer(database: Database, lease: Lease, body: bytes) -> bool:
     """Put the answer in the place of the lease. False: somebody else has taken the lease over."""
-    statement = (
-        update(llm_answers)
-        .where(_held_by(lease))
-        .values(
-            body=body,
-            owner=None,
-            lease_until=None,
-            created_at=func.clock_timestamp(),
-            last_used_day=func.current_date(),
-        )
-    )
     async with database.relaxed() as connection:
-        result = await connection.execute(statement)
-    return bool(result.rowcount)
+        return bool(await connection.fetchval(_STORE, *_place_of(lease), body))
 
 
 async def give_back(database: Database, lease: Lease) -> None:
     """End the lease without an answer. Does nothing when it is not ours, or not any more."""
     async with database.relaxed() as connection:
-        await connection.execute(delete(llm_answers).where(_held_by(lease)))
+        await connection.execute(_GIVE_BACK, *_place_of(lease))
 
 
 async def forget_old_answers(database: Database, days: int) -> int:
@@ -155,29 +139,17 @@ async def forget_old_answers(database: Database, days: int) -> int:
 
     With 0, which is a cache that is turned off, everything of the days before today.
     """
-    key = tuple_(*_KEY)
-    old = select(*_KEY).where(_c.last_used_day < func.current_date() - days)
     deleted = 0
     while True:
         async with database.relaxed() as connection:
-            result = await connection.execute(
-                delete(llm_answers).where(key.in_(old.limit(DELETED_AT_ONCE)))
-            )
-        deleted += result.rowcount
-        if result.rowcount < DELETED_AT_ONCE:
+            gone: int = await connection.fetchval(_FORGET_OLD, days, DELETED_AT_ONCE)
+        deleted += gone
+        if gone < DELETED_AT_ONCE:
             return deleted
 
 
-def _at(tenant_id: str, cache_key: str) -> ColumnElement[bool]:
-    return and_(_c.tenant_id == tenant_id, _c.cache_key == cache_key)
-
-
-def _held_by(lease: Lease) -> ColumnElement[bool]:
-    return and_(_at(lease.tenant_id, lease.cache_key), _c.owner == lease.owner)
-
-
-def _from_now(seconds: float) -> ColumnElement[Any]:
-    return func.clock_timestamp() + timedelta(seconds=seconds)
+def _place_of(lease: Lease) -> tuple[str, str, str]:
+    return lease.tenant_id, lease.cache_key, lease.owner
 
 
 # --- an answer as JSON ----------------------------------------------------------------------------

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import AsyncExitStack
 from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
+import pytest
 from sqlalchemy import event, text
 
+from app.domain.errors import Unavailable
 from app.settings import Settings
+from app.store import database as module
 from app.store.database import Database
 from tests.envelopes import diamond, echo_node, graph
 from tests.service import RunningService, running_service
@@ -29,6 +34,51 @@ async def test_a_read_begins_no_transaction(database: Database) -> None:
     async with database.transaction() as connection:
         await connection.execute(text("select 1"))
     assert asked == [";", "BEGIN ISOLATION LEVEL READ COMMITTED;", "COMMIT;"]
+
+
+async def test_a_relaxed_statement_that_is_cut_off_takes_its_connection_along(
+    database: Database,
+) -> None:
+    async def backend() -> int:
+        async with database.relaxed() as connection:
+            return int(await connection.fetchval("select pg_backend_pid()"))
+
+    async def sleep() -> None:
+        async with database.relaxed() as connection:
+            under_way.set()
+            await connection.execute("select pg_sleep(60)")
+
+    before, under_way = await backend(), asyncio.Event()
+    assert await backend() == before
+    sleeping = asyncio.create_task(sleep())
+    await under_way.wait()
+    sleeping.cancel()
+    async with asyncio.timeout(2):  # nobody waits until the server has heard of it
+        await asyncio.gather(sleeping, return_exceptions=True)
+        assert await backend() != before
+
+
+async def test_a_relaxed_statement_that_is_refused_keeps_its_connection(
+    database: Database,
+) -> None:
+    async with database.relaxed() as connection:
+        before = await connection.fetchval("select pg_backend_pid()")
+    with pytest.raises(asyncpg.UndefinedTableError):
+        async with database.relaxed() as connection:
+            await connection.execute("select from nowhere")
+    async with database.relaxed() as connection:
+        assert await connection.fetchval("select pg_backend_pid()") == before
+
+
+async def test_relaxed_connections_that_are_all_in_use_are_a_database_out_of_reach(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RELAXED_S", 0.05)
+    async with AsyncExitStack() as stack:
+        for _ in range(module.RELAXED_MAX):
+            await stack.enter_async_context(database.relaxed())
+        with pytest.raises(Unavailable, match="out of reach"):
+            await stack.enter_async_context(database.relaxed())
 
 
 async def test_a_run_is_read_with_three_statements(service: RunningService) -> None:
