@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request, Response
 from app.api.deps import services_of
 from app.bootstrap import Services
 from app.domain.errors import FlexrunError
-from app.store.migrate import current_revision, is_behind
 from app.store.partitions import days_prepared
+from app.store.revisions import current_revision, is_behind
 
 router = APIRouter(tags=["probes"])
 

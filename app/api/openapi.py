@@ -10,7 +10,6 @@ from pydantic import BaseModel
 
 from app.api.run_schemas import DeltaFrame, ResumeBody, RunResource
 from app.domain.envelope import Envelope
-from app.domain.event_shapes import event_models
 
 REFERENCE = "#/components/schemas/{model}"
 
@@ -57,6 +56,9 @@ def _add(schemas: dict[str, Any], model: type[BaseModel]) -> None:
 
 
 def _event_union(schemas: dict[str, Any]) -> dict[str, Any]:
+    # A model for each type of event, which only this document needs.
+    from app.domain.event_shapes import event_models  # noqa: PLC0415
+
     mapping: dict[str, str] = {}
     for event_type, model in event_models().items():
         schema = model.model_json_schema(ref_template=REFERENCE)

@@ -1,6 +1,6 @@
 """What `migrate`, `prune`, `doctor` and `serve` do to the database, without a service.
 
-Imports SQLAlchemy and Alembic: import it only where it is used. Raises the domain's errors.
+Imports SQLAlchemy: import it only where it is used. Raises the domain's errors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 from app.cli.errors import CliError, ExitCode
-from app.store import migrate, partitions
+from app.store import partitions, revisions
 from app.store.database import Database, server_facts
 
 
@@ -22,13 +22,15 @@ def migrate_database(dsn: str) -> tuple[str | None, str]:
 async def _migrate(dsn: str) -> tuple[str | None, str]:
     database = await Database.open(dsn)
     try:
-        before = await migrate.current_revision(database)
+        before = await revisions.current_revision(database)
     finally:
         await database.close()
-    if not migrate.is_behind(before):
+    if not revisions.is_behind(before):
         return before, before or ""
-    await migrate.migrate(dsn)
-    return before, migrate.head_revision()
+    from app.store.migrate import migrate  # noqa: PLC0415 - Alembic, which is heavy
+
+    await migrate(dsn)
+    return before, revisions.head_revision()
 
 
 def prune_database(dsn: str, before: date, *, dry_run: bool) -> list[partitions.Pruned]:
@@ -39,11 +41,11 @@ def prune_database(dsn: str, before: date, *, dry_run: bool) -> list[partitions.
 async def _prune(dsn: str, before: date, *, dry_run: bool) -> list[partitions.Pruned]:
     database = await Database.open(dsn)
     try:
-        revision = await migrate.current_revision(database)
-        if migrate.is_behind(revision):
+        revision = await revisions.current_revision(database)
+        if revisions.is_behind(revision):
             raise CliError(
                 f"The database is at revision {revision or 'empty'}, this version needs "
-                f"{migrate.head_revision()}.",
+                f"{revisions.head_revision()}.",
                 exit_code=ExitCode.UNREACHABLE,
                 hint="First: flexrun migrate",
             )
@@ -62,9 +64,9 @@ async def _facts(dsn: str) -> dict[str, Any]:
     try:
         async with database.read() as connection:
             facts = await server_facts(connection)
-        facts["revision"] = await migrate.current_revision(database)
-        facts["head"] = migrate.head_revision()
-        facts["is_behind"] = migrate.is_behind(facts["revision"])
+        facts["revision"] = await revisions.current_revision(database)
+        facts["head"] = revisions.head_revision()
+        facts["is_behind"] = revisions.is_behind(facts["revision"])
         facts["days"] = await partitions.days_prepared(database, datetime.now(UTC).date())
         return facts
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from app.store.database import Database, server_facts
-from app.store.migrate import current_revision, head_revision, is_behind
+from app.store.revisions import current_revision, head_revision, is_behind
 
 DURABILITY = ("fsync", "full_page_writes", "synchronous_commit")
 

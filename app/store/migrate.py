@@ -1,57 +1,20 @@
-"""Schema migrations: from empty to head, and whether a database is behind.
-
-A service refuses to start on a database that is behind; the embedded one it migrates by itself.
-"""
+"""Schema migrations, from empty to head: the embedded database is migrated by its service, any
+other by `flexrun migrate`."""
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from app.store.database import Database, sqlalchemy_url
+from app.store.database import sqlalchemy_url
 
 MIGRATION_LOCK = 0x466C6578  # "Flex": one migration at a time, whoever starts first
-
-
-def _config() -> Config:
-    return Config(str(Path(__file__).parents[2] / "alembic.ini"))
-
-
-@functools.cache  # it imports every migration, and readiness asks for it
-def _revisions() -> tuple[str, ...]:
-    """Those of the source tree, the newest first."""
-    scripts = ScriptDirectory.from_config(_config()).walk_revisions()
-    return tuple(script.revision for script in scripts)
-
-
-def head_revision() -> str:
-    """The newest revision in the source tree."""
-    return _revisions()[0]
-
-
-def is_behind(revision: str | None) -> bool:
-    """Whether a database of this revision lacks something that this version needs.
-
-    A revision that is not in the source tree is a newer one: migrations leave the previous version
-    working, so that processes can be replaced one by one.
-    """
-    return revision is None or (revision in _revisions() and revision != head_revision())
-
-
-async def current_revision(database: Database) -> str | None:
-    """The revision of the database; None when it is empty."""
-    async with database.read() as connection:
-        return await connection.run_sync(
-            lambda sync: MigrationContext.configure(sync).get_current_revision()
-        )
+INI = Path(__file__).parents[2] / "alembic.ini"
 
 
 async def migrate(dsn: str) -> None:
@@ -68,6 +31,6 @@ async def migrate(dsn: str) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
-    config = _config()
+    config = Config(str(INI))
     config.attributes["connection"] = connection
     command.upgrade(config, "head")

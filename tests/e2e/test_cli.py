@@ -27,8 +27,8 @@ from app.cli.inputs import make_envelope
 from app.cli.output import as_json, plain
 from app.cli.picture import laid_out
 from app.store.database import Database
-from app.store.migrate import head_revision
 from app.store.partitions import make_partitions
+from app.store.revisions import head_revision
 from tests.conftest import with_database
 from tests.e2e.cli import COMMAND, Cli, CuttingProxy, Serving, Tool, environment
 from tests.envelopes import chain, diamond, graph
@@ -503,6 +503,15 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys, app.cli.main\n"
         "heavy = {'asyncio', 'asyncpg', 'fastapi', 'httpx', 'pydantic', 'sqlalchemy', 'uvicorn'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment())
+
+
+def test_a_start_imports_nothing_that_it_does_not_need() -> None:
+    script = (
+        "import sys, app.cli.service, app.cli.upkeep\n"
+        "needless = {'alembic', 'mako', 'redis', 'app.domain.event_shapes'}\n"
+        "assert not needless & set(sys.modules), needless & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=environment())
 

@@ -6,6 +6,8 @@ import re
 
 import asyncpg
 import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 
 from app.bootstrap import NotReady, open_services
 from app.domain.errors import Unavailable
@@ -13,7 +15,8 @@ from app.domain.events import Level
 from app.domain.run import RunStatus
 from app.settings import Settings
 from app.store.database import Database
-from app.store.migrate import current_revision, head_revision, migrate
+from app.store.migrate import INI, migrate
+from app.store.revisions import current_revision, head_revision, revisions
 from app.store.tables import metadata
 from tests.conftest import make_settings, with_database
 
@@ -47,6 +50,11 @@ async def test_a_database_that_is_behind_is_refused_with_the_command_to_run(
     finally:
         await admin.execute("drop database behind with (force)")
         await admin.close()
+
+
+def test_revisions_are_the_chain_that_alembic_sees() -> None:
+    scripts = ScriptDirectory.from_config(Config(str(INI)))
+    assert list(revisions()) == [script.revision for script in scripts.walk_revisions()]
 
 
 async def test_a_schema_of_a_later_version_is_worked_on(dsn: str) -> None:
