@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
 import time
 from collections.abc import Awaitable, Callable
 
 from app.journal.errors import LeaseLost
 from app.kit import clock
 from app.kit.ids import new_id
+from app.kit.processes import ProcessAddress, is_gone
 from app.kit.waiting import wait_at_most
 from app.store.database import HotConnection
 from app.store.leases import (
@@ -51,6 +50,7 @@ class Lease:
         self._connect = connect
         self._role = role
         self._sole_user = sole_user
+        self._process = ProcessAddress.own()
         self._session: HotConnection | None = None
         self._good_until = 0.0
         self._renewed_at = 0.0
@@ -104,7 +104,7 @@ class Lease:
 
         Who we were before is no worker any more: nobody needs to wait for the end of that lease.
         """
-        worker_id = f"{socket.gethostname()}:{os.getpid()}:{new_id().hex[-12:]}"
+        worker_id = f"{self._process.host}:{self._process.pid}:{new_id().hex[-12:]}"
         await self._open_session(worker_id)
         self.worker_id, self.is_nobody = worker_id, False
         self._registered.set()
@@ -118,12 +118,7 @@ class Lease:
         session = await self._connect()
         try:
             taken = await register_worker(
-                session,
-                worker_id,
-                self._role,
-                _lock_key(worker_id),
-                socket.gethostname(),
-                os.getpid(),
+                session, worker_id, self._role, _lock_key(worker_id), self._process
             )
             if not taken:
                 raise ConnectionError("our advisory lock is still held by the old session")
@@ -175,8 +170,8 @@ class Lease:
                 await self._session.close(timeout=2)
 
     async def dead_workers(self) -> list[str]:
-        """Owners whose runs may be taken: their lease is over, their lock was free twice, or they
-        are no worker any more.
+        """Owners whose runs may be taken: their lease is over, their lock was free twice, or once
+        and their process is gone from this machine, or they are no worker any more.
 
         After a restart of Postgres all locks are free, so they do not count before their owner is
         back. Neither does a lease that could not be renewed while the server was away, until its
@@ -186,9 +181,10 @@ class Lease:
         self.has_company = bool(others)
         all_are_back = time.monotonic() - self._session_since >= FENCE_S
         over = {w.worker_id for w in others if w.lease_over and (w.same_server or all_are_back)}
-        free = {w.worker_id for w in others if w.lock_free and w.same_server}
-        dead = over | free & self._suspects
-        self._suspects = free
+        free = {w.worker_id: w.process for w in others if w.lock_free and w.same_server}
+        gone = {worker_id for worker_id, process in free.items() if is_gone(process)}
+        dead = over | gone | free.keys() & self._suspects
+        self._suspects = set(free)
         return sorted(dead) + await ownerless(self.session, self.worker_id)
 
     @property

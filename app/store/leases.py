@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
+from app.kit.processes import ProcessAddress
 from app.store.database import HotConnection
 
 LEASE_S = 10
@@ -24,26 +25,28 @@ class WorkerRow:
     lease_over: bool
     lock_free: bool
     same_server: bool
+    process: ProcessAddress
 
 
 async def register_worker(
-    connection: HotConnection, worker_id: str, role: str, lock_key: int, host: str, pid: int
+    connection: HotConnection, worker_id: str, role: str, lock_key: int, process: ProcessAddress
 ) -> bool:
     """Take the advisory lock and write the row, anew after a lost session. False: still locked."""
     if not await connection.fetchval("select pg_try_advisory_lock($1, $2)", LOCK_CLASS, lock_key):
         return False
     await connection.execute(
         """insert into workers
-            (worker_id, lease_until, pg_start, lock_key, started_at, host, pid, role)
+            (worker_id, lease_until, pg_start, lock_key, started_at, host, pid, pid_space, role)
         values ($1, clock_timestamp() + make_interval(secs => $2), pg_postmaster_start_time(),
-                $3, clock_timestamp(), $4, $5, $6)
+                $3, clock_timestamp(), $4, $5, $6, $7)
         on conflict (worker_id) do update
         set lease_until = excluded.lease_until, pg_start = excluded.pg_start""",
         worker_id,
         LEASE_S,
         lock_key,
-        host,
-        pid,
+        process.host,
+        process.pid,
+        process.pid_space,
         role,
     )
     return True
@@ -107,12 +110,22 @@ async def other_workers(connection: HotConnection, worker_id: str) -> list[Worke
                 and l.classid = $2 and l.objid = w.lock_key::oid and l.objsubid = 2
                 and l.database = (select oid from pg_database where datname = current_database()))
                 as lock_free,
-            w.pg_start = pg_postmaster_start_time() as same_server
+            w.pg_start = pg_postmaster_start_time() as same_server,
+            w.host, w.pid, w.pid_space
         from workers w where w.worker_id <> $1""",
         worker_id,
         LOCK_CLASS,
     )
-    return [WorkerRow(*row) for row in rows]
+    return [
+        WorkerRow(
+            row["worker_id"],
+            row["lease_over"],
+            row["lock_free"],
+            row["same_server"],
+            ProcessAddress(row["host"], row["pid"], row["pid_space"]),
+        )
+        for row in rows
+    ]
 
 
 async def ownerless(connection: HotConnection, worker_id: str) -> list[str]:

@@ -120,6 +120,7 @@ workers = Table(
     Column("host", Text, nullable=False),
     Column("pid", Integer, nullable=False),
     Column("role", Text, nullable=False),  # serve, api or worker
+    Column("pid_space", Text),  # null where it is not known
 )
 
 idempotency_keys = Table(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,6 +19,7 @@ from sqlalchemy import make_url
 
 from app import worker as worker_module
 from app.kit.ids import new_id
+from app.kit.processes import ProcessAddress
 from app.orchestrator.lease import FENCE_S, Lease
 from app.store.claims import Claim, Fairness, Wanted, claim_runs
 from app.store.database import connect
@@ -31,6 +34,7 @@ from tests.tools import Tool, answer, answer_at_gate, http_capability, running_t
 
 PATIENCE_S = 30.0
 DEAD = "elsewhere:1:dead"
+ELSEWHERE = ProcessAddress("elsewhere", 1)
 
 
 @pytest.fixture
@@ -94,9 +98,9 @@ class TestWhoIsDead:
         lease = Lease(lambda: connect(dsn))
         await lease.register()
         other = await connect(dsn)
-        assert await register_worker(other, "other", "worker", 4711, "host", 1)
+        assert await register_worker(other, "other", "worker", 4711, ELSEWHERE)
         again = await connect(dsn)
-        assert not await register_worker(again, "other", "worker", 4711, "host", 1)
+        assert not await register_worker(again, "other", "worker", 4711, ELSEWHERE)
         assert await lease.dead_workers() == []
         assert lease.has_company
 
@@ -105,9 +109,44 @@ class TestWhoIsDead:
             while not lease.suspects_somebody:
                 assert await lease.dead_workers() == []
         assert await lease.dead_workers() == ["other"]
-        assert await register_worker(again, "other", "worker", 4711, "host", 1)
+        assert await register_worker(again, "other", "worker", 4711, ELSEWHERE)
         assert await lease.dead_workers() == [], "it came back in time"
         await again.close()
+        await lease.close()
+
+    async def test_a_free_lock_counts_at_once_when_its_process_is_gone_from_here(
+        self, dsn: str
+    ) -> None:
+        """Also from the same pids of another machine: nobody takes those for ours."""
+        own = ProcessAddress.own()
+        child = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=PIPE)
+        here = replace(own, pid=child.pid)
+        workers = {
+            "here": here,
+            "lives": own,
+            "far": replace(here, pid_space=f"{here.pid_space}, another"),
+            "old": replace(here, pid_space=None),
+        }
+        lease, sessions = Lease(lambda: connect(dsn)), []
+        await lease.register()
+        for key, (name, process) in enumerate(workers.items()):
+            sessions.append(await connect(dsn))
+            assert await register_worker(sessions[-1], name, "worker", key, process)
+        child.kill()
+        await child.wait()
+        assert await lease.dead_workers() == [], "all locks are held"
+
+        await sessions[0].close()
+        async with asyncio.timeout(PATIENCE_S):
+            while not (dead := await lease.dead_workers()):  # until the server has let go of it
+                assert not lease.suspects_somebody
+            assert dead == ["here"]
+            for session in sessions[1:]:
+                await session.close()
+            while set(dead) != set(workers):
+                suspects = set(lease._suspects)
+                dead = await lease.dead_workers()
+                assert set(dead) <= suspects
         await lease.close()
 
     async def test_locks_say_nothing_after_the_server_was_restarted(self, dsn: str) -> None:
@@ -116,7 +155,7 @@ class TestWhoIsDead:
         session = lease.session
         for name in ("lives", "over"):
             gone = await connect(dsn)
-            assert await register_worker(gone, name, "worker", 4711, "host", 1)
+            assert await register_worker(gone, name, "worker", 4711, ELSEWHERE)
             await gone.close()
         await session.execute(
             "update workers set pg_start = pg_start - interval '1 day' where worker_id <> $1",
@@ -287,7 +326,7 @@ class TestClaimedAgain:
         [run_id] = await begin(service, tool, gated())
         services = service.services
         other = await connect(dsn)
-        assert await register_worker(other, "other", "worker", 4711, "host", 1)
+        assert await register_worker(other, "other", "worker", 4711, ELSEWHERE)
         wanted = Wanted(10, 1, [services.lease.worker_id], [], [])
         [taken] = await claim_runs(other, "other", wanted, Fairness())
         assert _facts(taken) == (run_id, 2, services.lease.worker_id, 1)
