@@ -82,6 +82,7 @@ class Worker:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
+            await discard_late_signals(self._lease.session)
             if await leave(self._lease.session, self._lease.worker_id):
                 self._services.announce_work()
         except (*TRANSIENT, *REFUSED) as error:

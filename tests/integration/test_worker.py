@@ -351,20 +351,37 @@ def _facts(claim: Claim) -> tuple[str, int, str | None, int]:
     return str(claim.run_id), claim.epoch, claim.from_worker, claim.takes
 
 
-async def test_a_signal_that_came_too_late_is_answered(service: RunningService) -> None:
-    run = await service.finished(diamond())
+async def late_cancel(service: RunningService, run_id: str) -> None:
+    """A signal that was accepted a moment before the end of its run, and is found after it."""
     await rows(
         service,
         """insert into signals (signal_id, run_id, tenant_id, kind, body, created_at)
         values ($1, $2, 'default', 'cancel', '{}', now())""",
         new_id(),
-        UUID(run["run_id"]),
+        UUID(run_id),
     )
+
+
+async def test_a_signal_that_came_too_late_is_answered(service: RunningService) -> None:
+    run = await service.finished(diamond())
+    await late_cancel(service, run["run_id"])
     outcomes: list[asyncpg.Record] = []
     async with asyncio.timeout(PATIENCE_S):
         while not outcomes:
             outcomes = await rows(service, "select outcome from signals where outcome is not null")
     assert [row["outcome"] for row in outcomes] == ["discarded: the run is done"]
+
+
+async def test_a_worker_that_leaves_answers_the_signals_that_came_too_late(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "LOOK_EVERY_S", 1_000.0)
+    async with running_service(make_settings(), dsn) as service:
+        run = await service.finished(diamond())
+        await late_cancel(service, run["run_id"])
+    connection = await asyncpg.connect(dsn)
+    assert await connection.fetchval("select outcome from signals") == "discarded: the run is done"
+    await connection.close()
 
 
 class TestPoison:
