@@ -29,10 +29,10 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     if not values:
         raise ValueError("no values")
     ordered = sorted(values)
-    rank, tail = 0, 2 / 2 ** len(values)
-    while tail + 2 * math.comb(len(values), rank + 1) / 2 ** len(values) <= 0.05:
+    count = len(ordered)
+    rank, both_tails = 0, 2 / 2**count
+    while (both_tails := both_tails + 2 * math.comb(count, rank + 1) / 2**count) <= 0.05:
         rank += 1
-        tail += 2 * math.comb(len(values), rank) / 2 ** len(values)
     return ordered[rank], ordered[-1 - rank]
 
 

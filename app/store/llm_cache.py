@@ -95,19 +95,20 @@ async def look_or_claim(database: Database, lease: Lease, lease_s: float) -> Cha
 
     An answer counts as used; one that can not be read is deleted, and whoever asks next may claim.
     """
-    place = lease.tenant_id, lease.cache_key
     async with database.relaxed() as connection:
-        rows = await connection.fetch(_LOOK_OR_CLAIM, *place, lease.owner, lease_s)
+        rows = await connection.fetch(_LOOK_OR_CLAIM, *_place_of(lease), lease_s)
         if any(row["is_ours"] for row in rows):
             return Vacancy.OURS
         if not rows or rows[0]["body"] is None:
             return Vacancy.TAKEN
         answer = answer_from_json(rows[0]["body"])
         if answer is None:
-            await connection.execute(_FORGET_UNREADABLE, *place, rows[0]["body"])
+            await connection.execute(
+                _FORGET_UNREADABLE, lease.tenant_id, lease.cache_key, rows[0]["body"]
+            )
             return Vacancy.TAKEN
         if rows[0]["was_used_before"]:  # at most one write a day, however often it is used
-            await connection.execute(_NOTE_USE, *place)
+            await connection.execute(_NOTE_USE, lease.tenant_id, lease.cache_key)
     return answer
 
 

@@ -1,7 +1,7 @@
 """Which revision a database has, and which one this version needs.
 
-Every start and every probe asks; the migrations themselves (`migrate.py`) need Alembic, which takes
-a twentieth of a start to import.
+Every start and every probe asks; the migrations themselves (`migrate.py`) need Alembic, which is a
+tenth of all that a start would import.
 """
 
 from __future__ import annotations

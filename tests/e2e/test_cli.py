@@ -498,20 +498,20 @@ def test_demo_runs_on_an_embedded_postgres_of_its_own(tmp_path: Path) -> None:
 # --- without a service ----------------------------------------------------------------------------
 
 
-def test_help_imports_nothing_heavy() -> None:
-    script = (
-        "import sys, app.cli.main\n"
-        "heavy = {'asyncio', 'asyncpg', 'fastapi', 'httpx', 'pydantic', 'sqlalchemy', 'uvicorn'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment())
+HELP = "app.cli.main"
+START = "app.cli.service, app.cli.upkeep"
 
 
-def test_a_start_imports_nothing_that_it_does_not_need() -> None:
+@pytest.mark.parametrize(
+    ("modules", "needless"),
+    [
+        (HELP, {"asyncio", "asyncpg", "fastapi", "httpx", "pydantic", "sqlalchemy", "uvicorn"}),
+        (START, {"alembic", "mako", "redis", "app.domain.event_shapes"}),
+    ],
+)
+def test_nothing_heavy_is_imported_that_is_not_needed(modules: str, needless: set[str]) -> None:
     script = (
-        "import sys, app.cli.service, app.cli.upkeep\n"
-        "needless = {'alembic', 'mako', 'redis', 'app.domain.event_shapes'}\n"
-        "assert not needless & set(sys.modules), needless & set(sys.modules)\n"
+        f"import sys, {modules}; found = {needless} & set(sys.modules); assert not found, found"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=environment())
 
