@@ -20,7 +20,7 @@ import pytest
 import pytest_asyncio
 
 from app.domain.event_json import encode_event
-from app.domain.events import Event, EventType
+from app.domain.events import TERMINAL_EVENTS, Event, EventType
 from app.domain.record_shapes import RECORDS, EventLine, RecordKind
 from app.journal import event_log, record_log
 from app.journal.frames import Frame, frame_of
@@ -89,6 +89,7 @@ class Lines(logging.Handler):
         self.setFormatter(JsonFormatter())
         self.written: list[bytes] = []
         self._of: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._ended: set[str] = set()
         self._loop = asyncio.get_running_loop()
         self._came = asyncio.Event()
 
@@ -100,7 +101,16 @@ class Lines(logging.Handler):
         self.written.append(line)
         found = orjson.loads(line)
         self._of[found.get("command_id", "")].append(found)
+        if found.get("eventType") in TERMINAL_EVENTS:
+            self._ended.add(found["runId"])
         self._came.set()
+
+    async def ended(self, run_id: str) -> None:
+        """The last event of a run is told; the log of events waits for no record, nor it for it."""
+        async with asyncio.timeout(20):
+            while run_id not in self._ended:
+                self._came.clear()
+                await self._came.wait()
 
     async def of(self, run_id: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The generations of a run, and its fallback record, once its last record is there."""
@@ -426,6 +436,7 @@ async def test_the_queries_of_the_guide_count_the_lines(office: Office) -> None:
     ids |= {(await office.service.finished(diamond()))["run_id"]}
     for run_id in ids:
         await office.lines.of(run_id)
+        await office.lines.ended(run_id)
     lines = [line for line in office.lines.written if any(i.encode() in line for i in ids)]
     counted = await _counted(office, lines)
     answers = {guide.name: found for guide, found in zip(GUIDES, counted, strict=True)}
