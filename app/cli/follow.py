@@ -116,8 +116,8 @@ class Follower:
     """The events of one run behind `seq`, each once, until the terminal one or the end of a run
     whose rest does not pass the filters.
 
-    `say` gets a sentence for every break. Raises `Unreachable` when the service is not there at
-    first, or for longer than `PATIENCE_S`.
+    `say` gets a sentence for every break. Raises `Unreachable` when the service is not there for
+    longer than `PATIENCE_S`, or at first, unless it `was_there` a moment ago.
     """
 
     def __init__(
@@ -127,6 +127,7 @@ class Follower:
         *,
         after: int = 0,
         wanted: Wanted = EVERYTHING,
+        was_there: bool = False,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.seq = after
@@ -136,7 +137,7 @@ class Follower:
         self._say = say
         self._reader = SseReader()
         self._tries = 0
-        self._heard_at: float | None = None
+        self._heard_at = time.monotonic() if was_there else None
         self._is_over = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -144,16 +145,21 @@ class Follower:
             reason = "the service ended the stream"
             try:
                 yield from self._connection()
-            except Unreachable as lost:
-                reason = lost.message
-                self._give_up_if_hopeless(lost)
-            except ApiProblem as refused:
-                if refused.status != 503:
-                    raise
-                reason = refused.message
-                self._give_up_if_hopeless(refused)
+            except (Unreachable, ApiProblem) as lost:
+                reason = self._passing(lost)
             if not self._is_over:
                 self._pause(reason)
+
+    def get(self, path: str) -> Any:
+        """The JSON of a GET, as patient as with the events."""
+        while True:
+            try:
+                found = self._api.get(path)
+            except (Unreachable, ApiProblem) as lost:
+                self._pause(self._passing(lost))
+            else:
+                self._tries = 0
+                return found
 
     def _connection(self) -> Iterator[dict[str, Any]]:
         """Everything that one connection brings."""
@@ -192,14 +198,18 @@ class Follower:
         self._is_over = event["type"] in TERMINAL
         yield event
 
-    def _give_up_if_hopeless(self, lost: Unreachable | ApiProblem) -> None:
-        if self._heard_at is None and getattr(lost, "refused", False):
+    def _passing(self, lost: Unreachable | ApiProblem) -> str:
+        """What is wrong for the moment. Raises when it is no use to wait for its end."""
+        if isinstance(lost, ApiProblem) and lost.status != 503:
+            raise lost
+        if self._heard_at is None and isinstance(lost, Unreachable) and lost.refused:
             raise lost
         since = self._heard_at = self._heard_at or time.monotonic()
         if time.monotonic() - since > PATIENCE_S:
             raise Unreachable(
                 lost.message, hint=f"Go on with: flexrun tail {self._run_id} -f --after {self.seq}"
             ) from None
+        return lost.message
 
     def _pause(self, reason: str) -> None:
         """Back off from `retry`, with jitter: a service that restarts meets all its clients."""

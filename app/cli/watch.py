@@ -45,22 +45,24 @@ def watch_on(api: Api, run: dict[str, Any], *, as_json: bool) -> int:
 
 def _watch(api: Api, picture: Picture, *, after: int, as_json: bool) -> int:
     run_id = picture.run_id
-    follower = Follower(api, run_id, after=after, say=err)
+    # It has just taken the run, or shown it: should it not answer now, it is being restarted.
+    follower = Follower(api, run_id, after=after, was_there=True, say=err)
     try:
-        _show(picture, _seen(api, follower, picture), quiet=as_json)
+        _show(picture, _seen(follower, picture), quiet=as_json)
+        run = follower.get(path_of("runs", run_id))
     except KeyboardInterrupt:
         at = url_option(api.url)
         err(f"The run goes on. Watch it with: flexrun tail {run_id} -f --after {follower.seq}{at}")
         return ExitCode.INTERRUPTED
-    return report(api.get(path_of("runs", run_id)), api.url, as_json=as_json)
+    return report(run, api.url, as_json=as_json)
 
 
-def _seen(api: Api, follower: Follower, picture: Picture) -> Iterator[dict[str, Any]]:
+def _seen(follower: Follower, picture: Picture) -> Iterator[dict[str, Any]]:
     for event in follower:
         if event["type"] != "gap":
             picture.apply(event)
         if picture.lacks_nodes:
-            plan = api.get(path_of("runs", picture.run_id, "plans", str(picture.plan_version)))
+            plan = follower.get(path_of("runs", picture.run_id, "plans", str(picture.plan_version)))
             picture.take_plan(plan["nodes"])
         yield event
         if event["type"] == "RUN_PAUSED":

@@ -21,8 +21,8 @@ import pytest
 from app.cli.client import Api
 from app.cli.config import load_settings, masked
 from app.cli.database import days_of
-from app.cli.errors import UsageError
-from app.cli.follow import SseReader
+from app.cli.errors import Unreachable, UsageError
+from app.cli.follow import Follower, SseReader
 from app.cli.inputs import make_envelope
 from app.cli.output import as_json, plain
 from app.cli.picture import laid_out
@@ -315,6 +315,26 @@ def test_capabilities_and_facets_are_looked_up(cli: Cli) -> None:
     unknown = cli("capabilities", "show", "nope")
     assert unknown.returncode == 2
     assert "flexrun capabilities list" in unknown.stderr
+
+
+class Waits(Exception):
+    """The follower is about to try again, which it would do for two minutes."""
+
+
+def test_a_service_that_was_there_a_moment_ago_is_waited_for() -> None:
+    """Nobody listens at the port: is it the wrong one, or is the service being restarted?"""
+    run_id = "019a0000-0000-7000-8000-000000000000"
+
+    def say(sentence: str) -> None:
+        raise Waits(sentence)
+
+    with Api(f"http://127.0.0.1:{free_port()}") as api:
+        for was_there, error in ((False, Unreachable), (True, Waits)):
+            follower = Follower(api, run_id, was_there=was_there, say=say)
+            with pytest.raises(error, match="Flexrun does not answer"):
+                next(iter(follower))
+            with pytest.raises(error, match="Flexrun does not answer"):
+                follower.get("/v1/runs")
 
 
 # --- serve ----------------------------------------------------------------------------------------
