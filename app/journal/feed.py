@@ -325,14 +325,14 @@ class Feed:
         )
 
     def _take(self, channel: Channel, tail: Tail) -> None:
-        frames = _frames_of(tail)
+        frames, known = _frames_of(tail), channel.last
         channel.push(frames)
         if not frames or frames[0].seq > channel.last + 1:
             # Retention took the rows. The streams find the gap when they page themselves.
             channel.skip_to(tail.head)
-        elif channel.is_live:
-            late_ms = max(now_ms() - written_at(frames[0]), 0)
-            self.metrics.wake_latency.observe(late_ms / 1000)
+        elif channel.is_live and channel.last > known:
+            fresh = next(frame for frame in frames if frame.seq > known)
+            self.metrics.wake_latency.observe(max(now_ms() - written_at(fresh), 0) / 1000)
 
 
 def _frames_of(tail: Tail) -> list[Frame]:
