@@ -19,6 +19,7 @@ DROPPED_WITHIN_S = 60.0
 COST_EACH_BYTES = 128 * 1024
 NOISE_BYTES = 24 * 1024 * 1024
 """What the rest of the load may add to a process in the meantime."""
+KILLED = "not judged: the process that served them was killed"
 
 
 async def dead_clients(rig: Rig, step: Step) -> None:
@@ -31,15 +32,24 @@ async def dead_clients(rig: Rig, step: Step) -> None:
 
     slot = rig.fleet.apis()[step.choice % len(rig.fleet.apis())]
     await asyncio.wait_for(slot.ready.wait(), DROPPED_WITHIN_S)
-    process = psutil.Process(slot.pid)
-    before = process.memory_info().rss
+    try:
+        process = psutil.Process(slot.pid)
+        before = process.memory_info().rss
+    except psutil.NoSuchProcess:
+        rig.notes["dead clients"] = KILLED
+        return
     request = (
         f"GET /v1/runs/{run_id}/events HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n"
         "Connection: close\r\n\r\n"
     )
-    sockets = [_deaf(slot.port, request.encode()) for _ in range(rig.dead_clients)]
+    sockets: list[socket.socket] = []
     try:
+        for _ in range(rig.dead_clients):
+            sockets.append(_deaf(slot.port, request.encode()))
         peak = await _until_dropped(rig, sockets, process)
+    except OSError:
+        rig.notes["dead clients"] = KILLED
+        return
     finally:
         for each in sockets:
             each.close()
@@ -106,6 +116,6 @@ async def _until_dropped(
         what = f"{len(taken & served())} of {len(ports)} were not dropped in time"
         rig.report("I18 dead clients", what)
     except psutil.NoSuchProcess:
-        rig.notes["dead clients"] = "not judged: the process that served them was killed"
+        rig.notes["dead clients"] = KILLED
         return None
     return peak

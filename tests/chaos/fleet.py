@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.chaos.wire import Broken, ask
 from tests.servers import DIE_WITH_PARENT, free_port
 
-START_S = 60.0
+START_S = 180.0
 READY_S = 25.0
 END_S = 30.0
 LOOK_S = 0.05

@@ -51,7 +51,8 @@ def read_ledgers(folder: Path) -> dict[str, list[ToolCall]]:
     for path in sorted(folder.glob("*.ledger")):
         begun: dict[int, dict[str, object]] = {}
         ended: dict[int, dict[str, object]] = {}
-        for line in path.read_bytes().splitlines():
+        # What is behind the last newline is not written to its end yet.
+        for line in path.read_bytes().split(b"\n")[:-1]:
             found = orjson.loads(line)
             (begun if "key" in found else ended)[found["call"]] = found
         for number, begin in begun.items():

@@ -278,7 +278,9 @@ def _copy(folder: Path, change: Callable[[Path], None]) -> Path:
     """The service as it is now, in a folder of its own."""
     root = folder / "flexrun"
     for name in ("app", "migrations"):
-        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("*.pyc"))
+        shutil.copytree(
+            REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     shutil.copy(REPOSITORY / "alembic.ini", root)
     change(root / "app")
     compileall.compile_dir(root / "app", quiet=1)

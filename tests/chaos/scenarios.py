@@ -54,6 +54,13 @@ async def _until_started(rig: Rig, run_id: str, node_id: str) -> None:
     )
 
 
+async def _until_called(rig: Rig, run_id: str, node_id: str) -> None:
+    """Until the call of a node has reached its tool, which is after its start is durable."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not any(c.node_id == node_id for c in read_ledgers(rig.folder).get(run_id, ())):
+            await asyncio.sleep(LOOK_S)
+
+
 async def _driver_of(rig: Rig, run_id: str) -> Slot:
     """The slot whose worker owns the run."""
     query = "select owner from run_heads where run_id = $1::text::uuid"
@@ -112,14 +119,15 @@ async def take_over(rig: Rig) -> None:
     await rig.add("worker")
     await rig.add("worker")
     await rig.start()
-    # Long enough that a busy machine finds the driver and kills it before the tool has answered.
-    nodes = [_tool("idem", work_s=1.5), _tool("once", effect="once", work_s=4.0)]
+    # Long enough that a busy machine finds the driver and kills it before the tool has answered,
+    # and short enough that the call ends within its time limit of 4 s, should it be made again.
+    nodes = [_tool("idem", work_s=1.5), _tool("once", effect="once", work_s=3.5)]
     nodes.append(_tool("tail", "idem", work_s=1.5))
     order = _order("taken", *nodes, node("end", "tail", "once"), by_stream=False)
     run_id = await rig.clients.submit(order)
     assert run_id is not None
     following = asyncio.create_task(rig.clients.follow(order, run_id))
-    await _until_started(rig, run_id, "once")
+    await _until_called(rig, run_id, "once")
     victim = await _driver_of(rig, run_id)
     victim.stays_down = True
     await rig.fleet.kill(victim)

@@ -17,6 +17,7 @@ from tests.envelopes import graph
 from tests.far_side import FarSide, far_side
 from tests.mcp_server import TOOLS, McpServer, over_http
 from tests.mcp_sides import CANARY, SCRIPT
+from tests.servers import eventually
 
 
 @pytest.fixture
@@ -53,7 +54,8 @@ def test_tools_are_imported_registered_and_called(cli: Cli, dsn: str) -> None:
         # The server dies with the call in its hands: nobody knows, so nobody tries again.
         died = cli("run", "-", "--json", stdin=plan("local.die", {}))
         assert json.loads(died.stdout)["status"] == "awaiting_human"
-        assert not child.is_running()
+        # The run knows of its end from the closed pipe, a moment before anybody has reaped it.
+        eventually(lambda: not child.is_running(), "the server is gone")
         again = json.loads(cli.ok("run", "-", "--json", stdin=plan("local.add", {"a": 1, "b": 1})))
         assert again["output"] == {"sum": 2}
         (child,) = psutil.Process(serving.process.pid).children()

@@ -30,7 +30,7 @@ from tests.e2e.ledger import (
 from tests.envelopes import diamond
 from tests.servers import eventually, free_port
 
-BREAKERS = {"CB_THRESHOLD": "2", "CB_COOLDOWN_S": "5"}
+BREAKERS = {"CB_THRESHOLD": "2", "CB_COOLDOWN_S": "5", "MAX_RETRIES": "19"}
 
 
 async def _execute(dsn: str, statement: str, *arguments: Any) -> None:

@@ -38,7 +38,7 @@ from tests.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(?:<!-- test: (.*?) -->\n)?```bash\n(.*?)```", re.DOTALL)
-BLOCK_S = 30.0
+BLOCK_S = 90.0
 KINDS = {"run", "service", "tool", "models", "make", "parse"}
 HEADLINE = '{"headline": "Orders are in the warehouse within 5 seconds"}'
 DRAFT = {
