@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
 
 import asyncpg
+import hypothesis
 import pytest
 
 from app.bootstrap import Services, open_services
@@ -32,6 +33,16 @@ _numbers = itertools.count(1)
 # Every httpx client reads the certificates of the web, 22 ms long, and nearly all here speak plain
 # HTTP. Nobody changes the context that all of them share now.
 ssl.create_default_context = cast("Any", functools.cache(ssl.create_default_context))
+
+
+# Every machine stands still now and then: how long an example takes says nothing of the code.
+hypothesis.settings.register_profile(
+    "patient",
+    hypothesis.settings.default,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True)

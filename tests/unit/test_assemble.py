@@ -384,7 +384,7 @@ def cheapest(caps: Sequence[Capability], at_hand: set[str]) -> dict[str, int]:
     return cost
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(_caps, st.sets(st.sampled_from(NAMES), max_size=2), st.sampled_from(NAMES))
 def test_costs_are_those_of_brute_force(
     shapes: list[tuple[set[str], set[str], int]], at_hand: set[str], goal: str
@@ -404,7 +404,7 @@ def test_costs_are_those_of_brute_force(
         assert flat.maker[goal].depth <= found.maker[goal].depth
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     _caps,
     st.sets(st.sampled_from(NAMES), max_size=2),

@@ -220,7 +220,7 @@ async def test_a_slow_client_loses_deltas_and_no_event_and_costs_no_more_than_th
     assert pieces[-1] == 2_000
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from(["says", "late", "ask", "log", "take", "turn"]), max_size=60))
 def test_at_any_pace_events_are_whole_and_deltas_in_their_place(steps: list[str]) -> None:
     """Rings and sends are tiny, so that streams page and miss things; calls follow each other."""

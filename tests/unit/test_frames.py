@@ -56,7 +56,7 @@ _events = st.builds(
     ts=st.integers(0, 4_102_444_800_000),
 )
 
-_modest = settings(deadline=None, max_examples=80)
+_modest = settings(max_examples=80)
 
 
 def _body(event: Event) -> bytes:

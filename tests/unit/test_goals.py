@@ -284,7 +284,7 @@ class TestSteps:
 ON_FAILED = {"id": "again", "trigger": {"kind": "on_node_failed"}, "action": {"kind": "replan"}}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 1_000_000))
 def test_any_graph_is_walked_to_its_end(seed: int) -> None:
     """Whatever is chosen of what is ready, every goal is planned once, after those it waits for."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import orjson
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from app.domain.capability import Effect, NodeKind
@@ -85,7 +85,6 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
-@settings(deadline=None)
 @given(plans())
 def test_the_way_through_json_is_exact(plan: Plan) -> None:
     stored = orjson.dumps(plan_as_dict(plan))

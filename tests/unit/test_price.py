@@ -271,7 +271,7 @@ def is_model(cap: Capability) -> bool:
     return cap.registration.kind is CapabilityKind.LLM
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(_layers, st.sampled_from(NAMES[1:]), st.sampled_from([None, *Objective]), st.booleans())
 def test_who_makes_a_facet(
     shapes: list[tuple[int, set[int], bool]],
@@ -300,7 +300,7 @@ def test_who_makes_a_facet(
     assert plan_of(made, image, models_up=models_up) == plan
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(_layers, st.lists(st.integers(1, 99), min_size=8, max_size=8), st.sampled_from(NAMES[1:]))
 def test_speed_finds_the_shortest_chain_of_time_limits(
     shapes: list[tuple[int, set[int], bool]], limits: list[int], goal: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.domain.events import Event, EventType
@@ -358,7 +358,7 @@ def test_a_run_that_never_started_was_queued_all_the_time() -> None:
     assert (record.total_ms, record.steps["queue_ms"]) == (40, 40)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(st.integers(0, 100_000))
 def test_the_steps_of_any_run_are_its_total_and_it_ends_with_one_record_of_each_kind(
     seed: int,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.domain.capability import Effect, NodeKind
@@ -83,7 +83,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
     )
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80)
 @given(scenarios())
 def test_any_run_keeps_the_rules_whatever_happens(scenario: Scenario) -> None:
     Simulation(scenario).run().check_snapshots()

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.attributes import error_attributes
@@ -56,7 +56,7 @@ def model(event_type: EventType, call: int, **more: Any) -> Event:
     return Event(event_type, data, node_id="A", attempt=1)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(st.integers(0, 100_000))
 def test_every_attempt_of_any_run_is_one_span_that_ends(seed: int) -> None:
     events = journal_of(seed)
@@ -73,7 +73,7 @@ def test_every_attempt_of_any_run_is_one_span_that_ends(seed: int) -> None:
         assert len(tools) == len(starts)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(st.integers(0, 100_000), st.data())
 def test_what_is_told_in_two_parts_is_what_is_told_at_once(seed: int, data: st.DataObject) -> None:
     events = journal_of(seed)

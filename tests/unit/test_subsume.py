@@ -30,7 +30,7 @@ def compiled(schema: Any) -> Validator | None:
         return None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SEEDS)
 def test_a_verdict_is_never_wrong(seed: int) -> None:
     samples = Samples(seed)
@@ -47,7 +47,7 @@ def test_a_verdict_is_never_wrong(seed: int) -> None:
                 assert verdict.outcome != "no" or not fits, (general, specific, value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS)
 def test_what_is_found_at_a_place_is_true_of_every_value(seed: int) -> None:
     samples = Samples(seed)

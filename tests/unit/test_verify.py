@@ -348,7 +348,7 @@ def graphs(draw: st.DrawFn) -> Envelope:
     return envelope(*nodes, inputs=inputs, output=wanted, constraints={"proof": "strict"})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(graphs())
 def test_a_strictly_verified_plan_always_has_what_it_needs(made: Envelope) -> None:
     try:

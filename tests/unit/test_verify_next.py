@@ -225,7 +225,7 @@ def stages(rng: random.Random, progress: Progress, image: RegistryImage) -> list
 seeds = st.integers(0, 1_000_000)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seeds)
 def test_the_rest_of_any_plan_keeps_what_is_done_and_does_nothing_twice(
     seed: int,
@@ -247,7 +247,7 @@ def test_the_rest_of_any_plan_keeps_what_is_done_and_does_nothing_twice(
     assert after == next_plan(made, image, progress)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seeds)
 def test_whatever_a_model_drafts_for_the_rest_is_whole_or_refused(seed: int) -> None:
     rng = random.Random(seed)
