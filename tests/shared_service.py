@@ -7,6 +7,7 @@ no run that is still under way.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from tests.conftest import fresh_database, make_settings
 from tests.service import RunningService, running_service
 from tests.sse import SseEvent, SseParser
 
+PATIENCE_S = 30.0
 AT_REST = {"done", "failed", "cancelled", "awaiting_human"}
 
 
@@ -74,18 +76,25 @@ async def audit(dsn: str) -> int:
 
 
 async def until(service: RunningService, run_id: str, event_type: str, after: int = 0) -> SseEvent:
-    """Follow a run from behind `after` up to the first event of a type."""
+    """Follow a run from behind `after` up to the first event of a type; fails rather than hangs."""
     headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
     parser = SseParser()
     url = f"/v1/runs/{run_id}/events"
-    async with service.client.stream("GET", url, headers=headers) as response:
-        assert response.status_code == 200, await response.aread()
-        async for chunk in response.aiter_bytes():
-            parser.feed(chunk)
-            for event in parser.events:
-                if event.event == event_type:
-                    return event
-    raise AssertionError(f"no {event_type} in {[event.event for event in parser.events]}")
+    missing = f"no {event_type}"
+    try:
+        async with (
+            asyncio.timeout(PATIENCE_S),
+            service.client.stream("GET", url, headers=headers) as response,
+        ):
+            assert response.status_code == 200, await response.aread()
+            async for chunk in response.aiter_bytes():
+                parser.feed(chunk)
+                for event in parser.events:
+                    if event.event == event_type:
+                        return event
+    except TimeoutError:
+        missing += f" within {PATIENCE_S:.0f} s"
+    raise AssertionError(f"{missing} in {[event.event for event in parser.events]}")
 
 
 async def register(service: RunningService, *bodies: dict[str, Any]) -> None:

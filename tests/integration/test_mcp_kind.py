@@ -152,7 +152,7 @@ async def test_a_large_result(side: Side) -> None:
 @PIPES
 async def test_no_answer_before_the_deadline(side: Side) -> None:
     await side.call("add", {"a": 1, "b": 1})
-    failed = await side.failure("hang", deadline_ms=200)
+    failed = await side.failure("hang", deadline_ms=2_000)  # it is looked up first
     assert (failed.code, failed.unknown_outcome) == ("capability_timeout", True)
     assert (await side.methods())[-1] == "notifications/cancelled"
 

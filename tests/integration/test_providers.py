@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from app.adapters.providers import OpenAiApi, ProviderKind, make_provider
+from app.adapters.providers import OpenAiApi, ProviderKind, exchange, make_provider
 from app.domain.chat import (
     AnswerForm,
     ChatAnswer,
@@ -201,8 +201,11 @@ async def test_models_are_sorted(provider: Provider, server: ModelServer, wire: 
     assert "content-type" not in request.headers
 
 
-async def test_a_connection_is_used_again(provider: Provider, server: ModelServer) -> None:
+async def test_a_connection_is_used_again(
+    provider: Provider, server: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After whole answers, streamed ones and errors alike."""
+    monkeypatch.setattr(exchange, "DRAIN_S", 10.0)
     for _ in range(2):
         await provider.chat(asked())
         await provider.chat(asked(), lambda _: None)

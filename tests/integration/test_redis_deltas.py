@@ -85,15 +85,19 @@ async def test_who_has_no_streams_stops_to_listen(
     redis_server: RunningRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_deltas, "LINGER_S", 0.05)
-    monkeypatch.setattr(redis_deltas, "QUIET_S", 0.02)
+    monkeypatch.setattr(redis_deltas, "QUIET_S", 0.2)
     async with processes(redis_server.url) as (worker, api):
+
+        async def is_unheard() -> bool:
+            return not await worker.relay.is_heard()
+
         await api.listens()
         api.has_listeners = False
         await until(lambda: not api.relay.is_listening, "it has no streams")
-        assert not await worker.relay.is_heard()
+        await until(is_unheard, "Redis knows of it")
         api.has_listeners = True
         await api.listens()
-        assert await worker.relay.is_heard()
+        await until(worker.relay.is_heard, "heard again")
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ async def test_a_frozen_redis_holds_nobody_up(
 async def test_a_silent_connection_is_asked_and_then_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_wake_ups, "QUIET_S", 0.2)
+    monkeypatch.setattr(redis_wake_ups, "QUIET_S", 1.0)
     with MortalRedis(tmp_path) as server:
         client: Any = make_client(server.url)
         async with ears(server.url, 1) as (listener,):

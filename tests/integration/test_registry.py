@@ -100,9 +100,9 @@ async def test_a_silent_capability_is_swept_and_comes_back(
 ) -> None:
     await registry.register(T, registration())
     await registry.register(T, registration("for.ever", heartbeat=None))
-    await silence(database, 29)
+    await silence(database, 20)
     assert await registry.sweep() == []
-    await silence(database, 2)
+    await silence(database, 11)
     with caplog.at_level(logging.WARNING):
         assert await registry.sweep() == [("far.side", "1.0.0")]
     assert "heartbeat_timeout" in caplog.text
@@ -141,9 +141,9 @@ async def test_a_heartbeat_moves_the_end_of_patience(
     database: Database, registry: Registry
 ) -> None:
     await registry.register(T, registration(heartbeat={"interval_s": 1, "timeout_s": 100}))
-    await silence(database, 99)
+    await silence(database, 60)
     await registry.heartbeat(T, "far.side", "1.0.0")
-    await silence(database, 99)
+    await silence(database, 60)
     assert await registry.sweep() == []
     patience = "select extract(epoch from expires_at - last_seen_at)::int from capabilities"
     assert await sql(database, patience) == [(100,)]

@@ -31,7 +31,8 @@ from tests.shared_service import audit, problem, rows, until
 MODELS = """
 providers:
   near: {{kind: openai, base_url: "{near}/v1"}}
-  far: {{kind: openai, base_url: "{far}/v1", timeout_s: 1}}
+  far: {{kind: openai, base_url: "{far}/v1"}}
+  hasty: {{kind: openai, base_url: "{far}/v1", timeout_s: 1}}
 models:
   small: {{provider: near, ctx_window: 8000, output_tokens_max: 500, json_mode: true,
     function_calling: false, cost_tier: low, roles: [chat],
@@ -39,6 +40,9 @@ models:
   spare: {{provider: far, ctx_window: 8000, output_tokens_max: 500, json_mode: true,
     function_calling: false, cost_tier: high, roles: [chat],
     prices: {{input_usd_per_mtok: "9", output_usd_per_mtok: "9"}}}}
+  coder: {{provider: hasty, ctx_window: 8000, output_tokens_max: 500, json_mode: true,
+    function_calling: false, cost_tier: low, roles: [code],
+    prices: {{input_usd_per_mtok: "1", output_usd_per_mtok: "2"}}}}
   vectors: {{provider: near, ctx_window: 1000, output_tokens_max: 0, json_mode: false,
     function_calling: false, cost_tier: free, roles: [embedding]}}
   other-vectors: {{provider: far, ctx_window: 1000, output_tokens_max: 0, json_mode: false,
@@ -263,9 +267,8 @@ async def test_a_provider_has_its_time_and_no_more(service: RunningService, side
     async def wait(*_: Any) -> None:
         await gate.wait()
 
-    sides.near.behave(answer(400))
     sides.far.behave(wait)  # it has 1 s
-    response = await service.client.post("/v1/infer_sync", json=ASK)
+    response = await service.client.post("/v1/infer_sync", json={**ASK, "role": "code"})
     gate.set()
     problem(response, 502, "timeout")
 
@@ -446,7 +449,7 @@ async def test_a_run_that_is_no_request_is_not_found(service: RunningService) ->
 async def test_a_queued_request_waits_for_a_breaker(sides: Sides, dsn: str, tmp_path: Path) -> None:
     sides.near.behave(answer(500))
     sides.far.behave(answer(500))
-    changes: dict[str, Any] = {"cb_threshold": 1, "cb_cooldown_s": 0.2, "max_retries": 1}
+    changes: dict[str, Any] = {"cb_threshold": 1, "cb_cooldown_s": 2.0, "max_retries": 1}
     async with service_with(sides, dsn, tmp_path, **changes) as service:
         request_id = await queued(service, {"mode": "infer_sync", "payload": ASK})
         found = await ended(service.client, request_id)

@@ -170,10 +170,11 @@ async def test_a_cancelled_run_goes_on_where_it_was_cut_off(
     service: RunningService, tool: Tool
 ) -> None:
     """Nobody knows what became of the call that was cut off, so it is not made again unasked."""
+    calls = len(tool.ledger)
     old = await service.submit(
         graph(echo_node("A"), echo_node("H", "A", capability="test.held"), echo_node("Z", "H"))
     )
-    await tool.reached(len(tool.ledger) + 1)
+    await tool.reached(calls + 1)
     response = await service.client.post(f"/v1/runs/{old['run_id']}/cancel", json={})
     assert response.status_code == 202
     await until(service, old["run_id"], "RUN_CANCELLED")

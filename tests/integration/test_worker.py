@@ -20,6 +20,7 @@ from sqlalchemy import make_url
 from app import worker as worker_module
 from app.kit.ids import new_id
 from app.kit.processes import ProcessAddress
+from app.orchestrator import lease as lease_module
 from app.orchestrator.lease import FENCE_S, Lease
 from app.store.claims import Claim, Fairness, Wanted, claim_runs
 from app.store.database import connect
@@ -351,6 +352,12 @@ def _facts(claim: Claim) -> tuple[str, int, str | None, int]:
     return str(claim.run_id), claim.epoch, claim.from_worker, claim.takes
 
 
+def rarely_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers look once, and then only when they are nudged; nor do they renew their leases."""
+    monkeypatch.setattr(worker_module, "LOOK_EVERY_S", 3_600.0)
+    monkeypatch.setattr(lease_module, "FENCE_S", 3_600.0)
+
+
 async def late_cancel(service: RunningService, run_id: str) -> None:
     """A signal that was accepted a moment before the end of its run, and is found after it."""
     await rows(
@@ -375,7 +382,7 @@ async def test_a_signal_that_came_too_late_is_answered(service: RunningService) 
 async def test_a_worker_that_leaves_answers_the_signals_that_came_too_late(
     dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "LOOK_EVERY_S", 1_000.0)
+    rarely_looks(monkeypatch)
     async with running_service(make_settings(), dsn) as service:
         run = await service.finished(diamond())
         await late_cancel(service, run["run_id"])
@@ -451,7 +458,7 @@ async def test_a_worker_hears_of_runs_and_signals_without_a_poll(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After their first look neither of them looks again by itself."""
-    monkeypatch.setattr(worker_module, "LOOK_EVERY_S", 3_600.0)
+    rarely_looks(monkeypatch)
     more = {"redis_url": redis_server.url} if transport == "redis" else {}
     async with (
         running_service(make_settings(**more), dsn) as driver,
