@@ -35,6 +35,8 @@ TASKS = 8
 PATIENT_S = 10.0
 """The budget of a step where exact counts are asked for: a busy machine is no outage of Redis."""
 START_S = 0.2
+CALM_S = 2.0
+"""After the last outage: of all processes one must come by in it, or the breaker stays open."""
 END_S = 60.0
 
 
@@ -62,7 +64,7 @@ class Plan:
 
     @property
     def length_s(self) -> float:
-        return self.schedule[-1][1] + 0.3
+        return self.schedule[-1][1] + CALM_S
 
 
 @dataclass
@@ -124,7 +126,7 @@ async def storm(plan: Plan, server: MortalRedis) -> Storm:
         over = asyncio.Event()
         sweeping = asyncio.create_task(_sweep(server.url, over))
         if plan.kill_at is not None:
-            await asyncio.sleep(begin + plan.kill_at * plan.length_s - time.monotonic())
+            await asyncio.sleep(begin + plan.kill_at * plan.schedule[-1][1] - time.monotonic())
             server.kill()
             await asyncio.sleep(plan.away_s)
             server.start()

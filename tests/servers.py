@@ -96,8 +96,11 @@ def data_folder(on_disk: Path) -> Iterator[Path]:
         return
     for left in SHARED_MEMORY.glob(f"{MEMORY_PREFIX}*"):
         if not Path("/proc", left.name.split("-")[2]).exists():  # its tests were killed
-            remove_data(left / POSTGRES_NAME)
-            shutil.rmtree(left)
+            # Another session may find it at the same time: who renames it first deletes it.
+            with contextlib.suppress(FileNotFoundError):
+                ours = left.rename(left.with_name(f"{MEMORY_PREFIX}{os.getpid()}-{left.name}"))
+                remove_data(ours / POSTGRES_NAME)
+                shutil.rmtree(ours)
     prefix = f"{MEMORY_PREFIX}{os.getpid()}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=SHARED_MEMORY) as name:
         folder = Path(name)

@@ -522,7 +522,7 @@ async def misbehaved(
         tool, name, effect, capability_id=capability_id, output_contract=SHAPE, max_attempts=2
     )
     await register(service, body)
-    node = echo_node("A", capability=capability_id, timeout_s=0.15 if name == "hangs" else 10)
+    node = echo_node("A", capability=capability_id, timeout_s=1.0 if name == "hangs" else 10)
     run = await service.submit(graph(node, echo_node("B", "A")))
     run_id = run["run_id"]
     last = "RUN_FAILED"

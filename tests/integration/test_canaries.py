@@ -181,6 +181,7 @@ async def world(
         settings = make_settings(
             database_url=dsn,
             redis_url=redis_url,
+            redis_budget_ms=10_000,  # a busy machine is no outage, or there are no hot copies
             models_file=models_file(folder, servers, c),
             secrets_file=secrets_file(folder, c),
             mcp_file=mcp_file(folder, c),
@@ -412,6 +413,9 @@ async def without_stores(world: World, postgres_dsn: str, role: str) -> None:
     assert run["status"] == "done"
     for sink in world.traces:
         await eventually(partial(has_told, sink, run["run_id"]), "the sinks refuse the run")
+    # An exporter that is closed before it reads the answer prints nothing. Only OTLP's tells us.
+    counted = world.service.services.metrics.traced_runs
+    await eventually(lambda: counted["failed"] >= 1, "the refusal is heard")
     async with locked_out(postgres_dsn, role) as connections:
         assert connections > 0
         response = await world.service.client.get(f"/v1/runs/{run['run_id']}")

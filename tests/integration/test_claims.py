@@ -38,6 +38,7 @@ DAY_MS = 1_764_000_000_000
 COLUMNS = ("run_id", "tenant_id", "epoch", "seq", "owner", "takes", "wake_at", "status", "lane")
 UNFINISHED = ("queued", "running", "awaiting_human", "paused")
 FINISHED = ("done", "failed", "cancelled")
+PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -71,7 +72,9 @@ def head(
 
 
 async def store(session: HotConnection, *heads: Row) -> None:
-    await session.copy_records_to_table("run_heads", records=heads, columns=COLUMNS)
+    await session.copy_records_to_table(
+        "run_heads", records=heads, columns=COLUMNS, timeout=PATIENCE_S
+    )
 
 
 async def signal(session: HotConnection, number: int, outcome: str | None = None) -> None:
@@ -465,6 +468,8 @@ class TestCost:
     ) -> None:
         """Also not where an old plan is reused: finished runs are never looked at."""
         past = datetime.now(UTC) - timedelta(seconds=5)
+        # The limits of a session are for what a claim does, not for a whole table.
+        await session.execute("set statement_timeout = 0")
         await store(session, *(head(i, status="done") for i in range(100_000)))
         first = 200_000
         await store(
@@ -476,8 +481,8 @@ class TestCost:
         )
         for i in range(20):
             await signal(session, first + 600 + i)
-        await session.execute("analyze run_heads; analyze signals")
-        await session.execute(f"set plan_cache_mode = {plans}")
+        await session.execute("analyze run_heads; analyze signals", timeout=PATIENCE_S)
+        await session.execute(f"reset statement_timeout; set plan_cache_mode = {plans}")
         before = await _sequential_scans(session)
         fairness, taken = Fairness(), 0
         for limit in (1, 1, 1, 50, 50, 50, 50, 50, 50, 50):

@@ -34,6 +34,7 @@ from app.domain.events import EventType
 from app.main import ROUTERS
 from tests.envelopes import diamond, echo_node, graph
 from tests.model_server import USAGE, ModelServer, running_model_server
+from tests.redis_kit import until as eventually
 from tests.service import RunningService
 from tests.shared_service import register, shared_service, until
 from tests.sse import parse
@@ -91,6 +92,7 @@ async def service(
         postgres_dsn, cb_threshold=2, cb_cooldown_s=0.2, models_file=file
     ) as service:
         yield service
+        await eventually(lambda: service.services.runner.driven == 0, "all runs have ended")
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -182,6 +184,7 @@ async def test_every_route_answers_what_is_documented(
     ) as tool:
         await _ask_the_registry(witness, tool)
         run_id = await _ask_runs(witness)
+        await until(service, run_id, "RUN_DONE")
         await _ask_about(witness, run_id)
         await _ask_for_every_event(service, witness, tool)
         await _ask_models_for_events(service, witness, tool, models)
@@ -375,9 +378,10 @@ async def _give_orders(service: RunningService, witness: Witness, tool: Tool) ->
     )
     await witness.post("/v1/runs/find", envelope, 404)
     await witness.post("/v1/runs/find", {}, 422)
+    before = len(tool.ledger)
     run_id = (await service.submit(envelope))["run_id"]
     base = f"/v1/runs/{run_id}"
-    await tool.reached(len(tool.ledger) + 1)
+    await tool.reached(before + 1)
     order = {"operator": {"id": "ops"}, "note": "stop", "expected_plan_version": 1}
     for body, status in (({**order, "expected_plan_version": 2}, 409), (order, 202)):
         await witness.post(f"{base}/pause", body, status)

@@ -20,6 +20,8 @@ from tests.capability_samples import TRACEPARENT, call_of, http_capability
 from tests.far_side import Behaviour, Exchange, FarSide, answer, far_side, raw
 
 LIMIT = 50_000
+DEADLINE_MS = 1_000
+"""One that must be met by who hangs, but not before a request is sent and a head is read."""
 
 
 @pytest.fixture
@@ -274,17 +276,17 @@ async def test_a_body_that_drips_meets_the_deadline(adapter: HttpAdapter, side: 
 async def meets_the_deadline(adapter: HttpAdapter, side: FarSide, behave: Behaviour) -> None:
     loop = asyncio.get_running_loop()
     started = loop.time()
-    failed = await failure(adapter, side, behave, deadline_ms=200)
+    failed = await failure(adapter, side, behave, deadline_ms=DEADLINE_MS)
     assert failed.code == "capability_timeout"
     assert failed.unknown_outcome
-    assert loop.time() - started < 2
+    assert loop.time() - started < 20
 
 
 async def test_a_status_counts_although_its_body_never_comes(
     adapter: HttpAdapter, side: FarSide
 ) -> None:
     head = b"HTTP/1.1 400 Bad\r\nContent-Length: 100\r\n\r\n{"
-    failed = await failure(adapter, side, hangs(side, head), deadline_ms=200)
+    failed = await failure(adapter, side, hangs(side, head), deadline_ms=DEADLINE_MS)
     assert (failed.code, failed.unknown_outcome) == ("capability_refused", False)
     failed = await failure(adapter, side, raw(head, reset=True))
     assert (failed.code, failed.unknown_outcome) == ("capability_refused", False)

@@ -23,7 +23,8 @@ from app.adapters.llm_cache.redis import (
 from app.adapters.llm_cache.redis import REST_S as REDIS_REST_S
 from app.bootstrap import open_services
 from app.domain.chat import ChatAnswer, StopReason
-from app.llm.cache import REST_S, AnswerCache
+from app.llm import cache as module
+from app.llm.cache import REST_S, STATEMENT_S, AnswerCache
 from app.store.database import Database
 from app.store.llm_cache import DELETED_AT_ONCE, answer_to_json, forget_old_answers
 from app.worker import Worker
@@ -47,6 +48,12 @@ HOT_KEY = f"flexrun:llm:t1:{KEY}"
 BODY = answer_to_json(ANSWER) or b""
 PATIENT_S = 10.0
 """The budget where exact counts are asked for: a busy machine is no outage of Redis."""
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is no outage of Postgres, after which calls go on without the cache."""
+    monkeypatch.setattr(module, "STATEMENT_S", 30.0)
 
 
 @pytest.fixture
@@ -345,7 +352,10 @@ async def test_who_waits_for_another_process_goes_on_without_postgres(
         assert await leading == (ANSWER, False)
 
 
-async def test_a_line_that_says_nothing_holds_no_call_up(dsn: str) -> None:
+async def test_a_line_that_says_nothing_holds_no_call_up(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STATEMENT_S", STATEMENT_S)
     model = Model()
     async with cache_over_a_line(dsn) as (cache, proxy):
         proxy.set(Weather(half_open=True))

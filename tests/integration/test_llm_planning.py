@@ -135,6 +135,7 @@ async def test_a_run_is_cancelled_while_it_is_planned(
     run = await service.submit(envelope())
     async with asyncio.timeout(20):
         await until(service, run["run_id"], "LLM_REQUEST")
+        await models.reached(1)
         response = await service.client.post(f"/v1/runs/{run['run_id']}/cancel", json={})
         assert response.status_code == 202
         events = await service.events(run["run_id"])
@@ -157,6 +158,7 @@ async def test_a_run_that_is_paused_while_it_is_planned_has_its_plan_when_it_goe
     run = await service.submit(envelope())
     async with asyncio.timeout(20):
         await until(service, run["run_id"], "LLM_REQUEST")
+        await models.reached(1)
         await service.client.post(f"/v1/runs/{run['run_id']}/pause", json={})
         await until(service, run["run_id"], "RUN_PAUSED")
         gate.set()
@@ -186,6 +188,7 @@ async def test_who_takes_a_run_over_in_the_middle_of_planning_plans_it_anew(
             await settle(first, tool)
             run = await first.submit(envelope())
             await until(first, run["run_id"], "LLM_REQUEST")
+            await models.reached(1)
         async with service_with(models, dsn, tmp_path, monkeypatch, **quick) as second:
             events = await second.events(run["run_id"])
         gate.set()

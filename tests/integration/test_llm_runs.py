@@ -187,7 +187,7 @@ async def test_a_node_waits_for_the_breaker_of_the_provider_and_goes_on_by_itsel
 ) -> None:
     models.say('{"verdict": "oats"}')
     models.behave(answer(500), answer(500))
-    changes = {"cb_threshold": 2, "cb_cooldown_s": 0.3}
+    changes = {"cb_threshold": 2, "cb_cooldown_s": 2.0}  # still open when it is asked next
     async with service_with(models, dsn, tmp_path, monkeypatch, judge(), **changes) as service:
         run = await service.submit(ask("A"))
         events = await service.events(run["run_id"])

@@ -290,6 +290,7 @@ async def test_a_take_over_in_the_middle_is_the_node_again_with_the_same_keys(
         await register(first, adviser("test.lookup"))
         run = await first.submit(ENVELOPE)
         await models.reached(2)  # the tool gave its result, the model thinks about it
+        await until(first, run["run_id"], "TOOL_CALLED")  # which is in the journal a bit later
     async with farm(dsn, tmp_path, models, tool) as second:
         events = await second.events(run["run_id"])
         again = await second.finished(ENVELOPE)
