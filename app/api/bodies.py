@@ -74,12 +74,22 @@ async def validated(body: bytes, model: type[M]) -> M:
     raise Unprocessable("The body is not valid.", faults=faults)
 
 
+_without_schema: list[tuple[dict[str, Any], type[BaseModel]]] = []
+
+
 def documented_body(model: type[BaseModel], example: Any = None) -> dict[str, Any]:
-    """`openapi_extra` of a route that reads this model."""
-    media: dict[str, Any] = {"schema": inlined_schema(model)}
-    if example is not None:
-        media["example"] = example
+    """`openapi_extra` of a route that reads this model, once `describe_bodies` was called."""
+    media = {} if example is None else {"example": example}
+    _without_schema.append((media, model))
     return {"requestBody": {"required": True, "content": {"application/json": media}}}
+
+
+def describe_bodies() -> None:
+    """Give all documented bodies their schemas. Nobody but /openapi.json needs them, and to make
+    them is a twentieth of a start."""
+    for media, model in _without_schema:
+        media["schema"] = inlined_schema(model)
+    _without_schema.clear()
 
 
 async def _receive(request: Request) -> tuple[bytes, bool]:

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from app.api.bodies import describe_bodies
 from app.api.run_schemas import DeltaFrame, ResumeBody, RunResource
 from app.domain.envelope import Envelope
 
@@ -19,6 +20,7 @@ def install_openapi(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
+            describe_bodies()
             document = get_openapi(
                 title=app.title,
                 version=app.version,

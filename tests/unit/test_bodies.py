@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from app.api import bodies
-from app.api.bodies import read_body, read_json_model
+from app.api.bodies import describe_bodies, documented_body, read_body, read_json_model
 from app.api.errors import RequestTimeout, UnsupportedMediaType
 from app.domain.errors import BadInput, TooLarge, Unprocessable
 
@@ -118,3 +118,15 @@ async def test_a_big_body_passes_the_same_gate() -> None:
     assert len((await read_json_model(request(Sender(good), *JSON), Thing, 2 * size)).name) == size
     with pytest.raises(BadInput):
         await read_json_model(request(Sender(good[:-1]), *JSON), Thing, 2 * size)
+
+
+def test_the_schema_of_a_documented_body_is_made_when_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bodies, "_without_schema", [])
+    extra = documented_body(Thing, {"name": "n"})
+    media = extra["requestBody"]["content"]["application/json"]
+    assert media == {"example": {"name": "n"}}
+    for _ in range(2):
+        describe_bodies()
+        assert media == {"example": {"name": "n"}, "schema": Thing.model_json_schema()}
