@@ -128,6 +128,7 @@ $(VENV)/.run: requirements.txt $(VENV)/.made
 	@echo "Installing what Flexrun runs on (requirements.txt)"
 	@$(PIP) install --require-hashes --requirement requirements.txt
 	@test ! -w . || $(PIP) install --no-deps --no-build-isolation --editable .
+	@test ! -w . || $(PY) -m compileall -q app
 	@touch "$@"
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run

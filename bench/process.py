@@ -142,12 +142,16 @@ async def migrate(database_url: str) -> None:
 
 
 def clean_environment(database_url: str | None = None, **settings: str) -> dict[str, str]:
-    """The caller's environment without its settings of the service, and these instead."""
+    """The caller's environment without its settings of the service, and these instead.
+
+    Byte code is written at the first start, whatever the caller has against it: an installation
+    has it, too.
+    """
     found = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("FLEXRUN_", "OTEL_", "LANGFUSE_"))
-        and name not in ("DATABASE_URL", "REDIS_URL")
+        and name not in ("DATABASE_URL", "REDIS_URL", "PYTHONDONTWRITEBYTECODE")
     }
     found |= {f"FLEXRUN_{name.upper()}": value for name, value in settings.items()}
     if database_url is not None:
