@@ -19,6 +19,7 @@ import httpx
 
 from app.adapters.llm_cache.redis import RedisHotAnswers
 from app.domain.chat import ChatAnswer, StopReason
+from app.llm import cache as module
 from app.llm.cache import AnswerCache
 from app.store.database import Database
 
@@ -84,6 +85,7 @@ async def asking_process(order: Order) -> AsyncIterator[AskingProcess]:
 async def _main(order: Order) -> None:
     database = await Database.open(order.dsn)
     hot = None if order.redis_url is None else RedisHotAnswers(order.redis_url)
+    module.STATEMENT_S = PATIENCE_S  # a busy machine is no outage of Postgres
     cache = AnswerCache(database, hot, lease_s=order.lease_s)
     calls = 0
 

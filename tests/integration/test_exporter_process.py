@@ -251,7 +251,7 @@ def test_it_ends_with_a_service_that_is_killed() -> None:
     assert service.stdout.readline() == b"exported\n"
     [child] = children_of(service.pid)
     service.kill()
-    _gone, alive = psutil.wait_procs([child], timeout=20)
+    _gone, alive = psutil.wait_procs([child], timeout=60)
     service.wait()
     service.stdout.close()
     assert alive == []
