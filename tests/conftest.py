@@ -22,6 +22,7 @@ import pytest
 
 from app.bootstrap import Services, open_services
 from app.settings import Settings
+from app.store import database as database_module
 from app.store.database import Database
 from app.store.migrate import migrate
 from app.worker import Worker
@@ -34,7 +35,6 @@ _numbers = itertools.count(1)
 # HTTP. Nobody changes the context that all of them share now.
 ssl.create_default_context = cast("Any", functools.cache(ssl.create_default_context))
 
-
 # Every machine stands still now and then: how long an example takes says nothing of the code.
 hypothesis.settings.register_profile(
     "patient",
@@ -43,6 +43,8 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("patient")
+# Nor is one that is busy out of service: tests of who waits no longer set limits of their own.
+database_module.POOL_S = 30.0
 
 
 @pytest.fixture(autouse=True)
@@ -179,6 +181,7 @@ def make_settings(**changes: object) -> Settings:
     base: dict[str, object] = {
         "allow_unsafe_postgres": True,
         "drain_grace_s": 2.0,
+        "submit_timeout_s": 30.0,
         "backoff_base_ms": 1,
         "backoff_max_ms": 20,
         "egress_allow": ("127.0.0.1",),

@@ -60,6 +60,8 @@ HotConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 """A connection that its owner keeps: a journal writer's, a worker's lock session."""
 
 PooledConnection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
+POOL_S = 5.0
+"""How long a read waits for a connection while all others are in use."""
 RELAXED_MAX = 4
 RELAXED_S = 2.0
 """How long a statement waits for one of these connections, and `close` for all of them."""
@@ -98,7 +100,7 @@ class Database:
             sqlalchemy_url(dsn),
             pool_size=3,
             max_overflow=5,
-            pool_timeout=5,
+            pool_timeout=POOL_S,
             pool_pre_ping=True,
             # A read is one statement: a transaction around it, and one around the ping before it,
             # would be six more round trips.
