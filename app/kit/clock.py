@@ -26,9 +26,9 @@ def now_ms() -> int:
 def follow(told_ms: float, asked_at_ns: int, answered_at_ns: int) -> None:
     """Set the clock by a server's, which said `told_ms` between two readings of monotonic time.
 
-    A clock that the answer allows stays as it is: it was set by an answer that came sooner, and one
-    that was long under way must not shake it. Otherwise the answer is taken to be from the middle
-    of its way (Cristian's algorithm, 1989).
+    A clock that the answer allows stays as it is: one that was long under way says little, and must
+    not shake it. Otherwise the answer is taken to be from the middle between them (Cristian's
+    algorithm, 1989).
     """
     global _ahead_ns
     told_ns = int(told_ms * 1_000_000)
