@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from app.worker import LOOK_EVERY_S
 from bench import client, envelopes, process
 from bench.process import Running
 from bench.rig import Rig
@@ -25,8 +26,6 @@ PAGE = 1_000
 FINISH_S = 60.0
 
 LEASE_S = 10.0
-LOOK_EVERY_S = 0.5
-"""How often a worker looks for what others left."""
 AT_ONCE = Goal(1.0, 0.6)
 
 FROZEN = "SIGSTOP, another worker alive: to the next node event"

@@ -47,7 +47,7 @@ async def dead_clients(rig: Rig, step: Step) -> None:
         for _ in range(rig.dead_clients):
             sockets.append(_deaf(slot.port, request.encode()))
         peak = await _until_dropped(rig, sockets, process)
-    except OSError:
+    except ConnectionError:
         rig.notes["dead clients"] = KILLED
         return
     finally:

@@ -22,7 +22,7 @@ from tests.chaos.rig import LOOK_S, Rig
 from tests.chaos.workload import poison
 
 LEASE_S = 10.0
-TAKE_OVER_S = 60.0
+TAKE_OVER_S = 30.0
 BUSY_WITHIN_S = 5.0
 OUTAGE_OF_A_LEASE_S = 2.0
 """A worker's renewal may be 3 s old, and the next try to connect may take as long."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import httpx
 import pytest
 
 from app.bootstrap import Services
+from app.orchestrator.lease import FENCE_S
 from app.store.embedded import EmbeddedPostgres
 from app.store.embedded_files import remove_data
 from tests.crash.checker import ClientLog, check
@@ -223,12 +225,19 @@ async def test_lost_database_sessions_cost_no_run_and_no_second_call(
     runs = [await service.submit(gated()) for _ in range(5)]
     async with asyncio.timeout(PATIENCE_S):
         await tool.reached(5)
+    lease = service.services.lease
+    cut, cut_at = lease._session, time.monotonic()
     await sever(dsn)
     tool.gate.set()
+    async with asyncio.timeout(PATIENCE_S):
+        while lease._session is cut:
+            await asyncio.sleep(0.01)
+    away_s = time.monotonic() - cut_at
     for run in runs:
         events = await service.events(run["run_id"])
         assert events[-1].event == "RUN_DONE"
-        if service.services.metrics.lease_losses == 0:  # not too late for its own lease
+        # If the machine stood still it may be past its own lease, and has to let go.
+        if away_s < FENCE_S / 2 or service.services.metrics.lease_losses == 0:
             assert [e.event for e in events].count("RUN_RECOVERED") == 0
             assert len(tool.calls(run["run_id"], "B")) == 1
     assert (await service.finished(diamond()))["status"] == "done"

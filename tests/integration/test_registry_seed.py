@@ -39,8 +39,8 @@ async def test_seeding_twice_changes_nothing(database: Database) -> None:
 
 
 @pytest.mark.usefixtures("patient")
-async def test_eight_processes_seed_at_once(database: Database) -> None:
-    registries = [registry_over(database) for _ in range(8)]
+async def test_twenty_processes_seed_at_once(database: Database) -> None:
+    registries = [registry_over(database) for _ in range(20)]
     await asyncio.gather(
         *[each.seed(pack().facets(), pack().registrations()) for each in registries]
     )
