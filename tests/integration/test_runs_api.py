@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import random
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID
@@ -24,6 +25,7 @@ from app.ports import Call
 from tests.envelopes import chain, diamond, echo_node, graph
 from tests.far_side import answer as answer_bytes
 from tests.far_side import far_side
+from tests.redis_kit import until as eventually
 from tests.service import RunningService
 from tests.shared_service import codes, problem, register, rows, shared_service, until
 from tests.sse import SseEvent
@@ -96,12 +98,21 @@ def assert_diamond_order(events: list[SseEvent]) -> None:
         assert seq_of(events, "NODE_DONE", earlier) < seq_of(events, "NODE_START", later)
 
 
-def drowsy(seed: int) -> Behaviour:
-    """Answers after a while that nobody can foretell."""
-    dice = random.Random(seed)
+def drowsy(service: RunningService, seed: int) -> Behaviour:
+    """Answers after a while that nobody can foretell; of every other run C first, of the rest B."""
+    dice, turns = random.Random(seed), itertools.cycle("BC")
+    last_of: defaultdict[str, str] = defaultdict(lambda: next(turns))
+
+    async def is_done(run_id: str, node_id: str) -> bool:
+        sql = "select from events where run_id = $1 and node_id = $2 and type = 'NODE_DONE'"
+        return bool(await rows(service, sql, UUID(run_id), node_id))
 
     async def behave(tool: Tool, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(dice.uniform(0, 0.02))
+        run_id, node_id = body["run_id"], body["node_id"]
+        if node_id == last_of[run_id]:
+            other = "C" if node_id == "B" else "B"
+            await eventually(lambda: is_done(run_id, other), "the other one is done")
         await answer(tool, body, writer)
 
     return behave
@@ -157,7 +168,7 @@ async def test_a_post_that_accepts_sse_streams_the_whole_run(service: RunningSer
 async def test_the_diamond_keeps_its_order_however_long_the_nodes_take(
     service: RunningService,
 ) -> None:
-    async with running_tool(drowsy=drowsy(7)) as tool:
+    async with running_tool(drowsy=drowsy(service, 7)) as tool:
         await register(service, http_capability(tool, "drowsy", "pure"))
         envelope = diamond()
         for node in envelope["goal_graph"]["nodes"]:
